@@ -1,0 +1,161 @@
+"""Plan: everything that decides what a run costs, and nothing that decides which classifier it gives.
+
+A plan is made by `planner.py`, saved with the run as JSON, and can be given back with `--plan FILE`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowmem.errors import LowmemError
+
+Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=0)]
+Exactness = Literal["bitwise", "rounding", "statistical"]
+Placement = Literal["device", "backward", "host"]
+Recompute = Literal["none", "selective", "full"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlockPolicy(Frozen):
+    """What happens to the activations that one block saves for its backward pass."""
+
+    recompute: Recompute = "none"
+    """`none` keeps everything; `selective` keeps the outputs named in `keep` and recomputes the rest; `full` keeps the
+    block's inputs only."""
+    keep: tuple[int, ...] = ()
+    """For `selective`: which outputs are kept, as ordinals of the block's convolutions, matrix products and attention
+    calls in the order of its forward pass."""
+    host: Literal["none", "all"] | tuple[int, ...] = "none"
+    """Which of the kept tensors live in pinned host memory between forward and backward. For `selective`, ordinals out of
+    `keep`; for `none`, ordinals of the block's saved storages in the order in which they are saved. Not for `full`."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "BlockPolicy":
+        if self.recompute != "selective" and self.keep:
+            raise ValueError("keep is for selective recomputation only")
+        if self.recompute == "full" and self.host != "none":
+            raise ValueError("a fully recomputed block keeps nothing that could be offloaded")
+        return self
+
+    @property
+    def offloads(self) -> bool:
+        return self.host not in ("none", ())
+
+    def __str__(self) -> str:
+        kept = f" keeping {','.join(map(str, self.keep))}" if self.recompute == "selective" else ""
+        host = "" if not self.offloads else " offload" if self.host == "all" else f" offload {','.join(map(str, self.host))}"
+        return f"{self.recompute}{kept}{host}"
+
+
+KEEP_ALL = BlockPolicy()
+RECOMPUTE_ALL = BlockPolicy(recompute="full")
+
+
+class MemoryBreakdown(Frozen):
+    """Bytes on the device at the moment of the peak, by what they are for."""
+
+    weights: Bytes = 0
+    gradients: Bytes = 0
+    optimizer: Bytes = 0
+    activations: Bytes = 0
+    inputs: Bytes = 0
+    workspace: Bytes = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.inputs + self.workspace
+
+
+class BudgetLine(Frozen):
+    """One line of the sum that turns `--vram` into the bytes that tensors may use."""
+
+    what: str
+    num_bytes: int
+
+
+class Budget(Frozen):
+    """What `--vram` means on this device: `total_bytes`, less what tensors cannot have, is `tensor_bytes`."""
+
+    total_bytes: Bytes
+    deductions: tuple[BudgetLine, ...] = ()
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.total_bytes - sum(line.num_bytes for line in self.deductions)
+
+
+class LoaderPlan(Frozen):
+    """How images reach the device; the sample stream is the same for every choice."""
+
+    kind: Literal["inline", "threads", "processes"] = "threads"
+    workers: Annotated[int, Field(ge=0)] = 2
+    prefetch_batches: Count = 2
+    """Batches ready or in the making, over all workers."""
+    pin_memory: bool = False
+    torch_threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of torch's own kernels on the CPU; 0 leaves torch's choice."""
+
+
+class Prediction(Frozen):
+    """What the planner expects of the plan, and where the times come from."""
+
+    peak: MemoryBreakdown
+    host_bytes: Bytes = 0
+    step_s: float | None = None
+    epoch_s: float | None = None
+    baseline_step_s: float | None = None
+    """Predicted step time of the same recipe with nothing recomputed, offloaded or moved."""
+    time_source: Literal["measured", "roofline", "none"] = "none"
+
+
+class Plan(Frozen):
+    """How a recipe is trained on one device: its cost, never its result."""
+
+    device: str
+    """A torch device: `cpu` or `cuda:N`."""
+    device_name: str
+    amp_dtype: Literal["bf16", "fp16", "fp32"]
+    """The recipe's amp, with `auto` settled by the device."""
+    micro_batch: Count
+    """Images per forward pass."""
+    blocks: dict[str, BlockPolicy] = {}
+    """Policies by the block's path in the model; a block that is not named keeps everything."""
+    optimizer: Placement = "device"
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    autocast_cache: bool = True
+    """Whether autocast keeps the 16-bit copies of the weights for the length of a forward pass."""
+    cudnn_benchmark: bool = True
+    eval_batch: Count = 32
+    loader: LoaderPlan = LoaderPlan()
+    gc: Literal["controlled", "default"] = "controlled"
+    """`controlled`: objects frozen after set-up, collection at epoch ends only, never in the hot path."""
+    exactness: Exactness = "bitwise"
+    """`bitwise`: the same kernels on the same values as the unconstrained run; `rounding`: sums in another order;
+    `statistical`: another classifier, never chosen unless the user allows it."""
+    budget: Budget | None = None
+    prediction: Prediction | None = None
+    reasons: tuple[str, ...] = ()
+    """The plan in words, a sentence each."""
+
+    def policy(self, block: str) -> BlockPolicy:
+        return self.blocks.get(block, KEEP_ALL)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in a JSON file; raises LowmemError where it is missing or not a plan."""
+    try:
+        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LowmemError(f"--plan {path}: {error.strerror}. A plan is the file plan.json of a run folder.") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "not text"}
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise LowmemError(f"--plan {path}: not a plan: {where}: {first['msg']}.") from None
