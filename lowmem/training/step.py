@@ -1,0 +1,96 @@
+"""One optimiser step: atoms, accumulation, scaler, update.
+
+An atom is the images that share batch-norm statistics (the recipe's norm batch). A step runs `num_atoms` atoms; a plan
+may also split an atom where no batch norm looks across its images. The loss is divided by the weight of the whole batch
+before any backward, and every random mask depends on (seed, epoch, step, atom) alone, so the split does not show in the
+result. The planner traces this very code on fake tensors.
+
+Axes: B images, C channels, H W pixels, K classes.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.memory.batchnorm import AtomStatistics
+from lowmem.memory.dropout import atom_masks
+from lowmem.memory.optimizer import PlacedOptimizer
+from lowmem.planning.plan import Plan
+from lowmem.recipe import Recipe
+from lowmem.training.objective import Objective, Targets
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch as the model takes it: `images_BCHW` float32, normalised and mixed, in the plan's memory format."""
+
+    images_BCHW: Tensor
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows `start` to `stop` of the batch: the part `[start - first, stop - first)` of atom `atom`."""
+
+    atom: int
+    first: int
+    start: int
+    stop: int
+
+
+def micro_batches(batch_size: int, atom_size: int, micro_batch: int) -> list[MicroBatch]:
+    """The forward passes of a step, in order; a micro-batch never crosses an atom."""
+    parts: list[MicroBatch] = []
+    for atom, first in enumerate(range(0, batch_size, atom_size)):
+        end = min(first + atom_size, batch_size)
+        parts += [MicroBatch(atom, first, start, min(start + micro_batch, end)) for start in range(first, end, micro_batch)]
+    return parts
+
+
+class TrainStep:
+    """Callable: one step of the recipe under the plan. The gradients are gone when it returns."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, plan: Plan, objective: Objective, optimizer: PlacedOptimizer
+    ) -> None:
+        self.model, self.recipe, self.plan = model, recipe, plan
+        self.objective, self.optimizer = objective, optimizer
+        self.device_type = torch.device(plan.device).type
+        self.scaler = torch.amp.GradScaler(self.device_type) if plan.amp_dtype == "fp16" else None
+        self.statistics = AtomStatistics(model, recipe.batch.num_atoms)
+        self.parts = micro_batches(recipe.batch.size, recipe.batch.atom, plan.micro_batch)
+
+    def __call__(self, batch: DeviceBatch, epoch: int, step: int) -> Tensor:
+        """Train on one whole batch; returns its loss, a float32 scalar on the device (no synchronisation)."""
+        total_weight = self.objective.total_weight(batch.targets)
+        loss = torch.zeros_like(total_weight)
+        for part in self.parts:
+            if part is self.parts[-1]:
+                self.optimizer.arm()
+            loss += self._forward_backward(batch, part, total_weight, epoch, step)
+        self.optimizer.update(self.scaler, self.recipe.optimizer.clip_norm)
+        return loss
+
+    def _forward_backward(self, batch: DeviceBatch, part: MicroBatch, total_weight: Tensor, epoch: int, step: int) -> Tensor:
+        self.statistics.begin_atom(part.atom)
+        rows = slice(part.start - part.first, part.stop - part.first)
+        atom_size = self.recipe.batch.atom
+        with atom_masks(self.recipe.seed, epoch, step, part.atom, rows, atom_size):
+            with autocast(self.plan):
+                logits_BK = self.model(batch.images_BCHW[part.start : part.stop])
+            loss = self.objective.loss_sum(logits_BK, batch.targets.rows(part.start, part.stop)) / total_weight
+            del logits_BK
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss.detach()
+
+
+def autocast(plan: Plan) -> AbstractContextManager[object]:
+    """Autocast as the plan has it; does nothing for fp32."""
+    dtype = AMP_DTYPES[plan.amp_dtype]
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(torch.device(plan.device).type, dtype=dtype, cache_enabled=plan.autocast_cache)
