@@ -9,26 +9,12 @@ loss, and by B instead of the sum of weights for soft targets (pytorch #72047).
 Axes: B images, K classes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem.data.batch import Targets
 from lowmem.recipe import LossRecipe
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Labels of a batch: `labels_B` for `lam`, `partner_labels_B` for the rest; int64, on the device of the logits."""
-
-    labels_B: Tensor
-    partner_labels_B: Tensor | None = None
-    lam: float = 1.0
-
-    def rows(self, start: int, stop: int) -> "Targets":
-        partner = None if self.partner_labels_B is None else self.partner_labels_B[start:stop]
-        return Targets(self.labels_B[start:stop], partner, self.lam)
 
 
 class Objective:

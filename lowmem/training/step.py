@@ -14,22 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowmem.data.batch import DeviceBatch
 from lowmem.memory.batchnorm import AtomStatistics
 from lowmem.memory.dropout import atom_masks
 from lowmem.memory.optimizer import PlacedOptimizer
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
-from lowmem.training.objective import Objective, Targets
+from lowmem.training.objective import Objective
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A batch as the model takes it: `images_BCHW` float32, normalised and mixed, in the plan's memory format."""
-
-    images_BCHW: Tensor
-    targets: Targets
 
 
 @dataclass(frozen=True)
