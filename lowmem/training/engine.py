@@ -1,0 +1,113 @@
+"""Engine: the recipe's model under a plan, on its device.
+
+The plan can be exchanged between two steps: weights, statistics and optimiser state carry over. A step that runs out of
+memory leaves everything as it was before it, unless the plan updates weights during the backward pass; then the last
+checkpoint has to be restored.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.data.batch import HostBatch
+from lowmem.data.device_input import DeviceInput
+from lowmem.memory import batchnorm
+from lowmem.memory.activations import apply_policies
+from lowmem.memory.limit import enforce, is_out_of_memory, recover
+from lowmem.memory.optimizer import place_optimizer
+from lowmem.planning.plan import Plan
+from lowmem.recipe import Recipe
+from lowmem.training.model import freeze_batchnorm
+from lowmem.training.objective import Objective
+from lowmem.training.step import TrainStep
+
+
+class OutOfBudgetError(Exception):
+    """A step or an evaluation did not fit into the plan's budget; `rolled_back` says whether the state is intact."""
+
+    def __init__(self, message: str, rolled_back: bool) -> None:
+        super().__init__(message)
+        self.rolled_back = rolled_back
+
+
+class Engine:
+    """Weights, statistics, optimiser and the step that changes them.
+
+    `class_counts_K`: images of each class in the training set, int64 [K].
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, plan: Plan, class_counts_K: Tensor) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.device = torch.device(plan.device)
+        self.objective = Objective(recipe.loss, class_counts_K, self.device)
+        self._use(plan)
+
+    def train_step(self, batch: HostBatch, device_input: DeviceInput, epoch: int, step: int, lr: float) -> Tensor:
+        """One optimiser step on a batch of the recipe's size; returns its loss on the device, float32 scalar."""
+        self.optimizer.set_lr(lr)
+        before = batchnorm.snapshot(self.model)
+        problem = ""
+        try:
+            with self.enforcement.watch():
+                return self.step(device_input.prepare(batch.images_BHWC, batch.labels_B, epoch, step), epoch, step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error).splitlines()[0]
+        # Past the handler, so that no traceback holds the tensors of the failed step.
+        self.model.zero_grad(set_to_none=True)
+        recover()
+        before.restore()
+        raise OutOfBudgetError(problem, rolled_back=self.plan.optimizer != "backward")
+
+    def training_mode(self) -> None:
+        self.model.train()
+        if self.recipe.model.freeze_batchnorm:
+            freeze_batchnorm(self.model)
+
+    def adopt(self, plan: Plan) -> None:
+        """Go on under another plan."""
+        optimizer_state = {name: tensor.cpu() for name, tensor in self.optimizer.state_tensors().items()}
+        scaler_state = self.scaler_state()
+        self._dismantle()
+        self._use(plan)
+        self.optimizer.load_state_tensors(optimizer_state)
+        self.load_scaler_state(scaler_state)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Weights and statistics by timm's names, contiguous copies on the CPU."""
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.optimizer.state_tensors().items()}
+
+    def load_tensors(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_tensors(optimizer)
+
+    def scaler_state(self) -> dict[str, float | int] | None:
+        return None if self.step.scaler is None else self.step.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, float | int] | None) -> None:
+        if self.step.scaler is not None and state:
+            self.step.scaler.load_state_dict(state)
+
+    def close(self) -> None:
+        self._dismantle()
+
+    def _use(self, plan: Plan) -> None:
+        self.plan = plan
+        torch.backends.cudnn.benchmark = plan.cudnn_benchmark
+        memory_format = torch.channels_last if plan.memory_format == "channels_last" else torch.contiguous_format
+        self.model.to(device=self.device, memory_format=memory_format)
+        self.policies = apply_policies(self.model, plan.blocks)
+        limit_bytes = plan.budget.tensor_bytes if plan.budget else None
+        self.enforcement = enforce(self.device, limit_bytes)
+        self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
+        self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer)
+        self.training_mode()
+
+    def _dismantle(self) -> None:
+        self.policies.remove()
+        del self.optimizer, self.step, self.enforcement
+        recover()

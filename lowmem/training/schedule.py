@@ -1,0 +1,89 @@
+"""The learning rate, the best epoch and the early stop, as pure functions of what they are told.
+
+Warm-up is linear over the first epochs, step by step. After it, the rate is multiplied by `decay_factor` whenever neither
+validation accuracy nor validation loss improved for `patience` epochs running; a reset sets the rate at the start of its
+epoch. Epochs count from 1, steps from 0. A metric that is not a finite number never improves anything.
+"""
+
+import math
+
+from pydantic import BaseModel, ConfigDict
+
+from lowmem.recipe import Recipe, ScheduleRecipe
+
+
+class ScheduleState(BaseModel):
+    """All that the schedule remembers; a part of RunState."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float
+    """Learning rate after warm-up, as decays and resets have left it."""
+    best_accuracy: float | None = None
+    best_accuracy_loss: float | None = None
+    """Validation loss of the epoch with the best accuracy, which settles a tie."""
+    best_loss: float | None = None
+    best_epoch: int = 0
+    """Epoch with the best accuracy; 0 before there is one."""
+    epochs_without_decay: int = 0
+    """Epochs without improvement since the last improvement or decay."""
+    epochs_without_improvement: int = 0
+
+
+def first_state(recipe: Recipe) -> ScheduleState:
+    return ScheduleState(lr=recipe.optimizer.lr)
+
+
+def learning_rate(state: ScheduleState, schedule: ScheduleRecipe, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The rate of one step."""
+    if epoch > schedule.warmup_epochs:
+        return state.lr
+    progress = (epoch - 1) + (step + 1) / steps_per_epoch
+    return state.lr * progress / schedule.warmup_epochs
+
+
+def at_epoch_start(state: ScheduleState, schedule: ScheduleRecipe, epoch: int) -> ScheduleState:
+    """The state with the reset of this epoch applied, if it has one."""
+    for reset in schedule.resets:
+        if reset.epoch == epoch:
+            return state.model_copy(update={"lr": reset.lr, "epochs_without_decay": 0})
+    return state
+
+
+def after_epoch(state: ScheduleState, schedule: ScheduleRecipe, epoch: int, accuracy: float, loss: float) -> ScheduleState:
+    """The state after an epoch's validation."""
+    best_epoch = is_best(state, accuracy, loss)
+    better_accuracy = _above(accuracy, state.best_accuracy)
+    better_loss = _above(-loss, None if state.best_loss is None else -state.best_loss)
+    changes: dict[str, float | int] = {}
+    if best_epoch:
+        changes |= {"best_accuracy": accuracy, "best_accuracy_loss": loss, "best_epoch": epoch}
+    if better_loss:
+        changes |= {"best_loss": loss}
+    if better_accuracy or better_loss:
+        return state.model_copy(update={**changes, "epochs_without_decay": 0, "epochs_without_improvement": 0})
+    changes["epochs_without_improvement"] = state.epochs_without_improvement + 1
+    if epoch <= schedule.warmup_epochs:
+        return state.model_copy(update=changes)
+    stale = state.epochs_without_decay + 1
+    if stale >= schedule.patience:
+        changes |= {"lr": max(state.lr * schedule.decay_factor, min(schedule.min_lr, state.lr))}
+        stale = 0
+    return state.model_copy(update={**changes, "epochs_without_decay": stale})
+
+
+def is_best(state: ScheduleState, accuracy: float, loss: float) -> bool:
+    """Whether an epoch is the best so far: a higher accuracy, or the same with a lower loss."""
+    if not (math.isfinite(accuracy) and math.isfinite(loss)):
+        return False
+    if state.best_accuracy is None or accuracy > state.best_accuracy:
+        return True
+    return accuracy == state.best_accuracy and loss < (math.inf if state.best_accuracy_loss is None else state.best_accuracy_loss)
+
+
+def stops_early(state: ScheduleState, schedule: ScheduleRecipe) -> bool:
+    return 0 < schedule.early_stopping <= state.epochs_without_improvement
+
+
+def _above(value: float, best: float | None) -> bool:
+    return math.isfinite(value) and (best is None or value > best)
