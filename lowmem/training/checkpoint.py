@@ -36,8 +36,8 @@ class RunState(BaseModel):
     """Epoch in progress, from 1; past the last one when the run is over."""
     step: int
     """Steps of that epoch that are done."""
-    loss_sum: float
-    """Sum of the losses of those steps."""
+    losses: tuple[float, ...] = ()
+    """The losses of those steps, as far as they were read; all of them in a checkpoint."""
     schedule: ScheduleState
     scaler: dict[str, float | int] | None
     """State of the GradScaler, where there is one."""

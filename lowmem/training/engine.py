@@ -5,13 +5,15 @@ memory leaves everything as it was before it, unless the plan updates weights du
 checkpoint has to be restored.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput
-from lowmem.memory import batchnorm
 from lowmem.memory.activations import apply_policies
+from lowmem.memory.batchnorm import StatisticsBackup
 from lowmem.memory.limit import enforce, is_out_of_memory, recover
 from lowmem.memory.optimizer import place_optimizer
 from lowmem.planning.plan import Plan
@@ -45,19 +47,17 @@ class Engine:
     def train_step(self, batch: HostBatch, device_input: DeviceInput, epoch: int, step: int, lr: float) -> Tensor:
         """One optimiser step on a batch of the recipe's size; returns its loss on the device, float32 scalar."""
         self.optimizer.set_lr(lr)
-        before = batchnorm.snapshot(self.model)
+        self.backup.take()
         problem = ""
         try:
-            with self.enforcement.watch():
-                return self.step(device_input.prepare(batch.images_BHWC, batch.labels_B, epoch, step), epoch, step)
+            with self.enforcement.watch("train"):
+                return self.step(device_input.prepare(batch, epoch, step), epoch, step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0]
         # Past the handler, so that no traceback holds the tensors of the failed step.
-        self.model.zero_grad(set_to_none=True)
-        recover()
-        before.restore()
+        self._take_back()
         raise OutOfBudgetError(problem, rolled_back=self.plan.optimizer != "backward")
 
     def training_mode(self) -> None:
@@ -100,14 +100,29 @@ class Engine:
         torch.backends.cudnn.benchmark = plan.cudnn_benchmark
         memory_format = torch.channels_last if plan.memory_format == "channels_last" else torch.contiguous_format
         self.model.to(device=self.device, memory_format=memory_format)
-        self.policies = apply_policies(self.model, plan.blocks)
-        limit_bytes = plan.budget.tensor_bytes if plan.budget else None
-        self.enforcement = enforce(self.device, limit_bytes)
-        self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
-        self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer)
         self.training_mode()
+        self.policies = apply_policies(self.model, plan.blocks)
+        self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
+        self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer, self.policies)
+        self.enforcement = enforce(self.device, plan.budget.tensor_bytes if plan.budget else None, self._resident)
+        self.backup = StatisticsBackup(self.model)
+
+    def _take_back(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        self.policies.reset()
+        self.step.statistics.end_step()
+        recover()
+        self.backup.restore()
+
+    def _resident(self) -> Iterable[Tensor]:
+        """What lives on the device between steps."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        yield from self.optimizer.device_tensors()
+        yield self.objective.weights_K
 
     def _dismantle(self) -> None:
         self.policies.remove()
-        del self.optimizer, self.step, self.enforcement
+        self.optimizer.close()
+        del self.optimizer, self.step, self.enforcement, self.backup
         recover()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.data.batch import DeviceBatch
-from lowmem.memory.batchnorm import AtomStatistics
-from lowmem.memory.dropout import atom_masks
+from lowmem.memory.activations import PolicyHandle
+from lowmem.memory.batchnorm import AtomStatistics, has_live_batchnorm
+from lowmem.memory.dropout import atom_masks, draws_random_numbers
 from lowmem.memory.optimizer import PlacedOptimizer
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
@@ -45,17 +46,20 @@ def micro_batches(batch_size: int, atom_size: int, micro_batch: int) -> list[Mic
 
 
 class TrainStep:
-    """Callable: one step of the recipe under the plan. The gradients are gone when it returns."""
+    """Callable: one step of the recipe under the plan. The gradients are gone when it returns.
+
+    `model` is in training mode when the step is made.
+    """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, plan: Plan, objective: Objective, optimizer: PlacedOptimizer
+        self, model: nn.Module, recipe: Recipe, plan: Plan, objective: Objective, optimizer: PlacedOptimizer, policies: PolicyHandle
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
-        self.objective, self.optimizer = objective, optimizer
-        self.device_type = torch.device(plan.device).type
-        self.scaler = torch.amp.GradScaler(self.device_type) if plan.amp_dtype == "fp16" else None
+        self.objective, self.optimizer, self.policies = objective, optimizer, policies
+        self.scaler = torch.amp.GradScaler(torch.device(plan.device).type) if plan.amp_dtype == "fp16" else None
         self.statistics = AtomStatistics(model, recipe.batch.num_atoms)
         self.parts = micro_batches(recipe.batch.size, recipe.batch.atom, plan.micro_batch)
+        self.masks_by_row = draws_random_numbers(model) and not has_live_batchnorm(model)
 
     def __call__(self, batch: DeviceBatch, epoch: int, step: int) -> Tensor:
         """Train on one whole batch; returns its loss, a float32 scalar on the device (no synchronisation)."""
@@ -65,19 +69,21 @@ class TrainStep:
             if part is self.parts[-1]:
                 self.optimizer.arm()
             loss += self._forward_backward(batch, part, total_weight, epoch, step)
+        self.statistics.end_step()
         self.optimizer.update(self.scaler, self.recipe.optimizer.clip_norm)
         return loss
 
     def _forward_backward(self, batch: DeviceBatch, part: MicroBatch, total_weight: Tensor, epoch: int, step: int) -> Tensor:
         self.statistics.begin_atom(part.atom)
-        rows = slice(part.start - part.first, part.stop - part.first)
-        atom_size = self.recipe.batch.atom
-        with atom_masks(self.recipe.seed, epoch, step, part.atom, rows, atom_size):
+        rows = slice(part.start - part.first, part.stop - part.first) if self.masks_by_row else None
+        with atom_masks(self.recipe.seed, epoch, step, part.atom, rows, self.recipe.batch.atom):
             with autocast(self.plan):
                 logits_BK = self.model(batch.images_BCHW[part.start : part.stop])
+            self.policies.end_forward()
             loss = self.objective.loss_sum(logits_BK, batch.targets.rows(part.start, part.stop)) / total_weight
             del logits_BK
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            self.policies.end_backward()
         return loss.detach()
 
 

@@ -1,0 +1,211 @@
+"""Activation policies, block by block: keep, recompute, or keep in host memory.
+
+A policy replaces the `forward` of a block's instance, so names of parameters and buffers never change. Recomputation is
+PyTorch's non-reentrant checkpoint (Chen et al., 2016); batch-norm statistics and random masks are undisturbed, so gradients,
+weights and buffers end bitwise equal.
+
+`selective` keeps the outputs of convolutions, matrix products and attention calls, or some of them, and recomputes the rest.
+Ordinals count those operations in the block's forward pass. An output that is changed in place afterwards cannot be kept.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from lowmem.errors import LowmemError
+from lowmem.memory.batchnorm import batchnorms, recomputing
+from lowmem.memory.dropout import draws_random_numbers
+from lowmem.memory.offload import MIN_OFFLOAD_BYTES, HostStore, Ticket
+from lowmem.planning.plan import BlockPolicy
+
+aten = torch.ops.aten
+KEEPABLE_OPS = {
+    aten.convolution.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+"""Operations whose outputs `selective` can keep: the ones that are dear to run again."""
+
+
+@dataclass
+class PolicyHandle:
+    """Undoes `apply_policies`."""
+
+    blocks: list[nn.Module] = field(default_factory=list)
+    store: HostStore | None = None
+
+    def remove(self) -> None:
+        for block in self.blocks:
+            block.__dict__.pop("forward", None)
+        self.blocks.clear()
+
+    def reset(self) -> None:
+        """After a step that failed half-way: forget what it had offloaded."""
+        if self.store is not None:
+            self.store.reset()
+
+    def end_forward(self) -> None:
+        if self.store is not None:
+            self.store.end_forward()
+
+    def end_backward(self) -> None:
+        if self.store is not None:
+            self.store.groups.clear()
+
+
+def apply_policies(model: nn.Module, policies: dict[str, BlockPolicy]) -> PolicyHandle:
+    """Switch on each block's policy; raises LowmemError for a block that the model does not have."""
+    handle = PolicyHandle()
+    if any(policy.offloads for policy in policies.values()):
+        handle.store = HostStore(next(model.parameters()).device)
+    for path, policy in policies.items():
+        try:
+            block = model.get_submodule(path)
+        except AttributeError:
+            raise LowmemError(f"The plan names a block {path!r} that this model does not have: it was made for another model.") from None
+        if policy == BlockPolicy():
+            continue
+        block.forward = partial(_RUN[policy.recompute], block, block.forward, policy, handle.store)
+        handle.blocks.append(block)
+    return handle
+
+
+def _run_none(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, store: HostStore | None, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or store is None:
+        return forward(*args, **kwargs)
+    store.begin_block()
+    saved = _SavedTensors(block, policy, store)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        return forward(*args, **kwargs)
+
+
+def _run_full(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, store: HostStore | None, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return _checkpoint(block, forward, lambda: (nullcontext(), recomputing(batchnorms(block))), args, kwargs)
+
+
+def _run_selective(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, store: HostStore | None, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if policy.offloads and store is not None:
+        store.begin_block()
+    return _checkpoint(block, forward, lambda: _selective_contexts(block, policy, store), args, kwargs)
+
+
+_RUN = {"none": _run_none, "full": _run_full, "selective": _run_selective}
+
+
+def _checkpoint(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws_random_numbers(block), **kwargs)
+
+
+def _selective_contexts(block: nn.Module, policy: BlockPolicy, store: HostStore | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    kept: dict[int, Any] = {}
+    host = set(policy.keep) if policy.host == "all" else set(policy.host) if policy.offloads else set()
+    return _Keep(set(policy.keep), host, kept, store), _replaying(block, kept, store)
+
+
+@contextmanager
+def _replaying(block: nn.Module, kept: dict[int, Any], store: HostStore | None) -> Iterator[None]:
+    with recomputing(batchnorms(block)), _Replay(kept, store):
+        yield
+
+
+class _Keep(TorchDispatchMode):
+    """Forward pass: put the wanted outputs aside."""
+
+    def __init__(self, keep: set[int], host: set[int], kept: dict[int, Any], store: HostStore | None) -> None:
+        super().__init__()
+        self.keep, self.host, self.kept, self.store = keep, host, kept, store
+        self.ordinal = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in KEEPABLE_OPS:
+            if self.ordinal in self.keep:
+                self.kept[self.ordinal] = tree_map_only(Tensor, partial(self._put_aside, self.ordinal in self.host), result)
+            self.ordinal += 1
+        return result
+
+    def _put_aside(self, to_host: bool, tensor: Tensor) -> Any:
+        # A tensor that is returned from here gets autograd's history attached; what is kept must not carry the graph.
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            plain = tensor.detach()
+        if to_host and self.store is not None and tensor.nbytes >= MIN_OFFLOAD_BYTES and _is_whole(plain):
+            return _Kept(self.store.put(plain), plain._version)
+        return _Kept(plain, plain._version)
+
+
+class _Replay(TorchDispatchMode):
+    """Recomputation: hand the kept outputs back instead of computing them."""
+
+    def __init__(self, kept: dict[int, Any], store: HostStore | None) -> None:
+        super().__init__()
+        self.kept, self.store = kept, store
+        self.ordinal = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in KEEPABLE_OPS:
+            return func(*args, **(kwargs or {}))
+        ordinal, self.ordinal = self.ordinal, self.ordinal + 1
+        if ordinal not in self.kept:
+            return func(*args, **(kwargs or {}))
+        return tree_map_only(_Kept, partial(self._hand_back, ordinal), self.kept.pop(ordinal))
+
+    def _hand_back(self, ordinal: int, kept: "_Kept") -> Tensor:
+        if isinstance(kept.value, Ticket):
+            assert self.store is not None
+            return self.store.get(kept.value)
+        if kept.value._version != kept.version:
+            raise LowmemError(f"Output {ordinal} of a block was changed in place after it was kept; the plan must recompute it.")
+        return kept.value
+
+
+@dataclass
+class _Kept:
+    value: Tensor | Ticket
+    version: int
+
+
+class _SavedTensors:
+    """Hooks that send what one block saves for its backward pass to the host."""
+
+    def __init__(self, block: nn.Module, policy: BlockPolicy, store: HostStore) -> None:
+        self.store = store
+        self.wanted = None if policy.host == "all" else set(policy.host)
+        self.own = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *block.buffers())}
+        self.ordinals: dict[int, int] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor | Ticket:
+        address = tensor.untyped_storage()._cdata
+        if address in self.own or isinstance(tensor, nn.Parameter) or tensor.nbytes < MIN_OFFLOAD_BYTES or not _is_whole(tensor):
+            return tensor
+        ordinal = self.ordinals.setdefault(address, len(self.ordinals))
+        if self.wanted is not None and ordinal not in self.wanted:
+            return tensor
+        return self.store.put(tensor.detach())
+
+    def unpack(self, packed: Tensor | Ticket) -> Tensor:
+        return self.store.get(packed) if isinstance(packed, Ticket) else packed
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all of its storage, in whatever order of axes."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
+
+

@@ -1,0 +1,160 @@
+"""Tensors saved for the backward pass, waiting in host memory.
+
+A tensor is copied to a pinned buffer while the forward pass goes on, and fetched back ahead of its use in the backward
+pass, block by block. Host buffers are allocated once and reused (pytorch #186161: allocating them costs about 3 ms each).
+On CUDA both copies run on a side stream; device memory is released one block later, after the main stream was told to wait
+for the copy, so no buffer can be reused while it is still being read. On a CPU the copies are plain, and the host's share is not
+counted by the meter.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowmem.memory.meter import host_memory
+
+MIN_OFFLOAD_BYTES = 64 * 1024
+"""Smaller tensors are not worth a copy."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One tensor on its way: on the device, on the host, and back."""
+
+    host: Tensor
+    flat: Tensor
+    source: Tensor | None
+    """Held until the copy to the host is known to be ordered before any reuse."""
+    num_uses: int = 1
+    copied: torch.cuda.Event | None = None
+    device_copy: Tensor | None = None
+    fetched: torch.cuda.Event | None = None
+
+
+@dataclass
+class Group:
+    """The tickets of one block, in the order in which they were put."""
+
+    tickets: list[Ticket] = field(default_factory=list)
+    prefetched: bool = False
+
+
+class HostStore:
+    """All offloaded tensors of a model on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.free: dict[int, list[Tensor]] = defaultdict(list)
+        self.groups: list[Group] = []
+        self.known: dict[tuple[int, int, torch.Size, tuple[int, ...]], Ticket] = {}
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory held, in use or waiting to be used again."""
+        waiting = sum(buffer.nbytes for buffers in self.free.values() for buffer in buffers)
+        return waiting + sum(ticket.flat.nbytes for group in self.groups for ticket in group.tickets)
+
+    def begin_block(self) -> None:
+        """A block's forward pass starts: what the block before the last one put is released on the device."""
+        if len(self.groups) > 1:
+            self._release(self.groups[-2])
+        self.groups.append(Group())
+
+    def end_forward(self) -> None:
+        """The last block is done."""
+        for group in self.groups[-2:]:
+            self._release(group)
+        self.known.clear()
+
+    def put(self, tensor: Tensor) -> Ticket:
+        """Start copying a tensor to the host; the same tensor put twice travels once."""
+        key = (tensor.untyped_storage()._cdata, tensor._version, tensor.shape, tensor.stride())
+        ticket = self.known.get(key)
+        if ticket is not None and ticket.source is not None:
+            ticket.num_uses += 1
+            return ticket
+        ticket = self._copy_out(tensor)
+        self.known[key] = ticket
+        self.groups[-1].tickets.append(ticket)
+        return ticket
+
+    def get(self, ticket: Ticket) -> Tensor:
+        """The tensor on the device again; it starts fetching the block before this one."""
+        self._fetch_ahead(ticket)
+        if ticket.source is not None and ticket.device_copy is None:
+            self._release(Group([ticket]))
+        if ticket.device_copy is None:
+            self._copy_back(ticket)
+        if ticket.fetched is not None:
+            torch.cuda.current_stream(self.device).wait_event(ticket.fetched)
+            ticket.fetched = None
+        tensor = ticket.device_copy
+        assert tensor is not None
+        ticket.num_uses -= 1
+        if ticket.num_uses == 0:
+            ticket.device_copy = None
+            self.free[ticket.flat.nbytes].append(ticket.flat)
+        return tensor
+
+    def reset(self) -> None:
+        """Forget a pass that was not finished (evaluation of a graph, a failed step); the buffers are kept."""
+        for group in self.groups:
+            for ticket in group.tickets:
+                ticket.source = ticket.device_copy = None
+                if ticket.num_uses > 0:
+                    self.free[ticket.flat.nbytes].append(ticket.flat)
+        self.groups.clear()
+        self.known.clear()
+
+    def _copy_out(self, tensor: Tensor) -> Ticket:
+        with host_memory():
+            waiting = self.free[tensor.nbytes]
+            flat = waiting.pop() if waiting else torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            host = flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+        ticket = Ticket(host, flat, tensor)
+        if self.stream is None:
+            host.copy_(tensor)
+            return ticket
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host.copy_(tensor, non_blocking=True)
+            ticket.copied = torch.cuda.Event()
+            ticket.copied.record(self.stream)
+        return ticket
+
+    def _copy_back(self, ticket: Ticket) -> None:
+        host = ticket.host
+        ticket.device_copy = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.device)
+        if self.stream is None:
+            ticket.device_copy.copy_(host)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            ticket.device_copy.copy_(host, non_blocking=True)
+            ticket.fetched = torch.cuda.Event()
+            ticket.fetched.record(self.stream)
+
+    def _release(self, group: Group) -> None:
+        for ticket in group.tickets:
+            if ticket.copied is not None:
+                torch.cuda.current_stream(self.device).wait_event(ticket.copied)
+                ticket.copied = None
+            ticket.source = None
+
+    def _fetch_ahead(self, ticket: Ticket) -> None:
+        """The first use in a block's backward pass fetches the rest of the block and the whole block before it."""
+        if not self.groups or ticket not in self.groups[-1].tickets:
+            self._drop_groups_after(ticket)
+        for group in self.groups[-2:]:
+            if not group.prefetched:
+                group.prefetched = True
+                for other in reversed(group.tickets):
+                    if other.num_uses > 0 and other.device_copy is None and other.source is None:
+                        self._copy_back(other)
+
+    def _drop_groups_after(self, ticket: Ticket) -> None:
+        while self.groups and ticket not in self.groups[-1].tickets:
+            self.groups.pop()

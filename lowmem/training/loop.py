@@ -1,0 +1,70 @@
+"""The run, on one screen: epochs of steps, a validation after each, and what is kept of it.
+
+Start reading here. What varies between recipes and plans is in the objects of `Run`, chosen before the loop starts.
+"""
+
+import time
+from collections.abc import Iterator
+
+from lowmem.data.batch import HostBatch
+from lowmem.memory.housekeeping import collect_garbage
+from lowmem.training import keeping
+from lowmem.training.engine import OutOfBudgetError
+from lowmem.training.losses import StepLosses
+from lowmem.training.run import Run, StoppedError
+from lowmem.training.schedule import at_epoch_start, learning_rate, stops_early
+from lowmem.training.validation import validate
+
+
+def train(run: Run) -> None:
+    """Train until the recipe's epochs are over or it stops early; raises StoppedError when asked to stop."""
+    schedule = run.recipe.schedule
+    keeping.save_checkpoint(run)
+    while run.state.epoch <= schedule.epochs and not stops_early(run.state.schedule, schedule):
+        run.change(schedule=at_epoch_start(run.state.schedule, schedule, run.state.epoch))
+        train_epoch(run)
+        evaluation = validate(run)
+        keeping.keep_epoch(run, evaluation)
+        collect_garbage()
+    run.change(finished=True)
+    keeping.finish(run)
+
+
+def train_epoch(run: Run) -> None:
+    """The steps of one epoch that are still to do."""
+    run.begin_epoch()
+    while run.state.step < run.steps_per_epoch:
+        try:
+            train_steps(run)
+        except OutOfBudgetError as error:
+            run.use_leaner_plan(error)  # the steps go on where the state stands
+
+
+def train_steps(run: Run) -> None:
+    """Steps from where the state stands to the end of the epoch."""
+    losses = StepLosses(run.steps_per_epoch, run.engine.device, run.state.losses)
+    try:
+        for batch in timed(run.train_loader.batches(run.state.epoch, run.state.step), run):
+            state = run.state
+            lr = learning_rate(state.schedule, run.recipe.schedule, state.epoch, state.step, run.steps_per_epoch)
+            losses.put(run.engine.train_step(batch, run.device_input, state.epoch, state.step, lr))
+            run.change(step=state.step + 1)
+            run.show_step(losses.latest(), lr)
+            if run.stop.requested or run.checkpoint_is_due():
+                run.change(losses=losses.values())
+                keeping.save_checkpoint(run)
+            if run.stop.requested:
+                raise StoppedError
+    finally:
+        run.change(losses=losses.values())
+
+
+def timed(batches: Iterator[HostBatch], run: Run) -> Iterator[HostBatch]:
+    """The batches, with the time spent waiting for each added to the run's clock."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        run.clock.wait_data_s += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch
