@@ -64,7 +64,7 @@ class PolicyHandle:
 
     def end_backward(self) -> None:
         if self.store is not None:
-            self.store.groups.clear()
+            self.store.end_backward()
 
 
 def apply_policies(model: nn.Module, policies: dict[str, BlockPolicy]) -> PolicyHandle:

@@ -18,7 +18,7 @@ from lowmem.errors import LowmemError
 from lowmem.randomness import torch_seed
 
 RANDOM_MODULES = (nn.modules.dropout._DropoutNd, DropPath)
-RANDOM_RATES = ("drop_rate", "drop_path_rate", "drop_prob", "attn_drop")
+RANDOM_RATES = ("drop_rate", "drop_path_rate", "drop_prob", "attn_drop", "dropout", "prob")
 """Attributes under which timm modules keep the rates of functional dropout."""
 
 

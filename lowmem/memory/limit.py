@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from lowmem.memory.meter import MemoryMeter
+from lowmem.planning.plan import Budget
 
 NUM_COUNTED = 3
 OUT_OF_MEMORY_SIGNS = ("out of memory", "alloc_failed", "cudnn_status_not_supported", "unable to find an engine",
-                       "cudnn_status_internal_error")
-"""What cuBLAS and cuDNN say when they cannot get workspace memory (pytorch #27600, #32395 and others)."""
+                       "cudnn_status_internal_error", "can't allocate memory", "not enough memory")
+"""What cuBLAS, cuDNN and the CPU allocator say when they cannot get memory (pytorch #27600, #32395 and others)."""
 
 
 class Enforcement(Protocol):
@@ -33,11 +34,11 @@ class Enforcement(Protocol):
     def reset_peak(self) -> None: ...
 
 
-def enforce(device: torch.device, limit_bytes: int | None, resident: Callable[[], Iterable[Tensor]]) -> Enforcement:
-    """Hold `device` to `limit_bytes` of tensors; `resident()` lists what lives on it between steps."""
+def enforce(device: torch.device, budget: Budget | None, resident: Callable[[], Iterable[Tensor]]) -> Enforcement:
+    """Hold `device` to the budget; `resident()` lists the tensors that live on it between steps."""
     if device.type == "cuda":
-        return CudaLimit(device, limit_bytes)
-    return CountedLimit(limit_bytes, resident)
+        return CudaLimit(device, budget.allocator_bytes if budget else None)
+    return CountedLimit(budget.tensor_bytes if budget else None, resident)
 
 
 class CudaLimit:

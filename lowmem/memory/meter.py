@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class MemoryMeter(TorchDispatchMode):
         if address in self._live or _HOST_DEPTH[0] and self._ignore(storage, address):
             return
         num_bytes = storage.nbytes()
-        self._live[address] = weakref.ref(storage, lambda _, self=self, address=address, n=num_bytes: self._freed(address, n))
+        self._live[address] = weakref.ref(storage, partial(_on_freed, weakref.ref(self), address, num_bytes))
         self.live_bytes += num_bytes
         if self.timeline is not None:
             self._record(address, num_bytes)
@@ -118,11 +119,13 @@ class MemoryMeter(TorchDispatchMode):
                 self._raise(num_bytes)
 
     def _ignore(self, storage: Any, address: int) -> bool:
-        self._live[address] = weakref.ref(storage, lambda _, self=self, address=address: self._live.pop(address, None))
+        self._live[address] = weakref.ref(storage, partial(_on_freed, weakref.ref(self), address, 0))
         return True
 
     def _freed(self, address: int, num_bytes: int) -> None:
         self._live.pop(address, None)
+        if not num_bytes:
+            return
         self.live_bytes -= num_bytes
         if self.timeline is not None:
             self.timeline.clock += 1
@@ -141,3 +144,10 @@ class MemoryMeter(TorchDispatchMode):
             f"out of memory: tried to allocate {format_size(num_bytes)}; {format_size(self.live_bytes - num_bytes)} of "
             f"{format_size(self.limit_bytes)} were in use"
         )
+
+
+def _on_freed(meter: "weakref.ref[MemoryMeter]", address: int, num_bytes: int, _: Any) -> None:
+    """A storage is gone. The meter is held weakly, or every storage would keep it alive."""
+    alive = meter()
+    if alive is not None:
+        alive._freed(address, num_bytes)

@@ -49,6 +49,7 @@ class HostStore:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: dict[int, list[Tensor]] = defaultdict(list)
         self.groups: list[Group] = []
+        self.done: list[Group] = []
         self.known: dict[tuple[int, int, torch.Size, tuple[int, ...]], Ticket] = {}
 
     @property
@@ -99,14 +100,20 @@ class HostStore:
             self.free[ticket.flat.nbytes].append(ticket.flat)
         return tensor
 
+    def end_backward(self) -> None:
+        """The pass is over: buffers that were never fetched (their gradients were not needed) are free again."""
+        self.reset()
+
     def reset(self) -> None:
         """Forget a pass that was not finished (evaluation of a graph, a failed step); the buffers are kept."""
-        for group in self.groups:
+        for group in (*self.groups, *self.done):
             for ticket in group.tickets:
                 ticket.source = ticket.device_copy = None
                 if ticket.num_uses > 0:
+                    ticket.num_uses = 0
                     self.free[ticket.flat.nbytes].append(ticket.flat)
         self.groups.clear()
+        self.done.clear()
         self.known.clear()
 
     def _copy_out(self, tensor: Tensor) -> Ticket:
@@ -157,4 +164,4 @@ class HostStore:
 
     def _drop_groups_after(self, ticket: Ticket) -> None:
         while self.groups and ticket not in self.groups[-1].tickets:
-            self.groups.pop()
+            self.done.append(self.groups.pop())

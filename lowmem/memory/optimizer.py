@@ -44,6 +44,9 @@ class PlacedOptimizer(Protocol):
     def device_tensors(self) -> Iterable[Tensor]:
         """The state that takes up memory on the device."""
 
+    def reset(self) -> None:
+        """After a step that failed half-way."""
+
     def close(self) -> None:
         """Let go of the model."""
 
@@ -51,6 +54,8 @@ class PlacedOptimizer(Protocol):
 def place_optimizer(model: nn.Module, recipe: OptimizerRecipe, placement: str, device: torch.device) -> PlacedOptimizer:
     """AdamW over all trainable weights; the state is allocated here, so that it cannot run out of memory later."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if placement == "backward" and recipe.clip_norm is not None:
+        raise LowmemError("The optimizer cannot run in the backward pass with optimizer.clip_norm, which needs all gradients at once.")
     if placement == "backward":
         return BackwardOptimizer(named, recipe)
     if placement == "host":
@@ -95,6 +100,9 @@ class DeviceOptimizer:
     def device_tensors(self) -> Iterable[Tensor]:
         return self.state_tensors().values()
 
+    def reset(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -128,6 +136,9 @@ class BackwardOptimizer:
 
     def device_tensors(self) -> Iterable[Tensor]:
         return self.state_tensors().values()
+
+    def reset(self) -> None:
+        self.armed = False
 
     def close(self) -> None:
         for hook in self.hooks:
@@ -182,6 +193,9 @@ class HostOptimizer:
 
     def device_tensors(self) -> Iterable[Tensor]:
         return [*self.staging, *self.steps.values()]
+
+    def reset(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -76,6 +76,9 @@ class BudgetLine(Frozen):
 
     what: str
     num_bytes: int
+    in_allocator: bool = False
+    """Whether the allocator hands these bytes out (rounding, fragmentation, workspaces) or somebody else has them (context,
+    other processes)."""
 
 
 class Budget(Frozen):
@@ -88,11 +91,16 @@ class Budget(Frozen):
     def tensor_bytes(self) -> int:
         return self.total_bytes - sum(line.num_bytes for line in self.deductions)
 
+    @property
+    def allocator_bytes(self) -> int:
+        """What the device's allocator is limited to."""
+        return self.total_bytes - sum(line.num_bytes for line in self.deductions if not line.in_allocator)
+
 
 class LoaderPlan(Frozen):
     """How images reach the device; the sample stream is the same for every choice."""
 
-    kind: Literal["inline", "threads", "processes"] = "threads"
+    kind: Literal["inline", "threads"] = "threads"
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch_batches: Count = 2
     """Batches ready or in the making, over all workers."""

@@ -50,7 +50,7 @@ class Engine:
         self.backup.take()
         problem = ""
         try:
-            with self.enforcement.watch("train"):
+            with self.enforcement.watch("training, mixed" if device_input.is_mixed(epoch, step) else "training"):
                 return self.step(device_input.prepare(batch, epoch, step), epoch, step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -104,12 +104,13 @@ class Engine:
         self.policies = apply_policies(self.model, plan.blocks)
         self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
         self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer, self.policies)
-        self.enforcement = enforce(self.device, plan.budget.tensor_bytes if plan.budget else None, self._resident)
+        self.enforcement = enforce(self.device, plan.budget, self._resident)
         self.backup = StatisticsBackup(self.model)
 
     def _take_back(self) -> None:
         self.model.zero_grad(set_to_none=True)
         self.policies.reset()
+        self.optimizer.reset()
         self.step.statistics.end_step()
         recover()
         self.backup.restore()

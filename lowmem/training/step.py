@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.data.batch import DeviceBatch
+from lowmem.errors import LowmemError
 from lowmem.memory.activations import PolicyHandle
 from lowmem.memory.batchnorm import AtomStatistics, has_live_batchnorm
 from lowmem.memory.dropout import atom_masks, draws_random_numbers
@@ -56,6 +57,8 @@ class TrainStep:
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.objective, self.optimizer, self.policies = objective, optimizer, policies
+        if plan.optimizer == "backward" and plan.amp_dtype == "fp16":
+            raise LowmemError("The optimizer cannot run in the backward pass with fp16, whose scaler needs all gradients at once.")
         self.scaler = torch.amp.GradScaler(torch.device(plan.device).type) if plan.amp_dtype == "fp16" else None
         self.statistics = AtomStatistics(model, recipe.batch.num_atoms)
         self.parts = micro_batches(recipe.batch.size, recipe.batch.atom, plan.micro_batch)

@@ -1,0 +1,91 @@
+"""The classifier that a run gives: a folder in timm's hub format, which plain timm opens.
+
+    timm.create_model("local-dir:RUN/classifier", pretrained=True)
+
+model.safetensors holds weights and statistics in float32; config.json the architecture, class names in order, image sizes,
+mean and standard deviation.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import timm
+from pydantic import BaseModel, ConfigDict
+from timm.models import save_for_hf
+from torch import nn
+
+from lowmem.errors import LowmemError
+from lowmem.recipe import Recipe
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class ClassifierInfo(BaseModel):
+    """What a classifier needs beside its weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    classes: tuple[str, ...]
+    train_px: int
+    test_px: int
+    crop_frac: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) -> ClassifierInfo:
+    """The facts of a recipe's classifier; mean and std are those that the initial weights were made for."""
+    return ClassifierInfo(
+        architecture=recipe.model.name, classes=classes, train_px=recipe.data.train_px, test_px=recipe.data.test_px,
+        crop_frac=recipe.data.crop_frac, mean=tuple(model.pretrained_cfg["mean"]), std=tuple(model.pretrained_cfg["std"]),
+    )
+
+
+def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> None:
+    """Write `folder` whole: it is made aside and renamed into place."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    config = {
+        "num_classes": len(info.classes), "label_names": list(info.classes), "pretrained_cfg": {},
+        "input_size": [3, info.train_px, info.train_px], "test_input_size": [3, info.test_px, info.test_px],
+        "mean": list(info.mean), "std": list(info.std), "crop_pct": info.crop_frac, "test_crop_pct": info.crop_frac,
+        "interpolation": "bilinear",
+    }
+    del config["pretrained_cfg"]
+    save_for_hf(model, partial, model_config=config, safe_serialization=True)
+    _set_config(partial / CONFIG, config)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_classifier(path: Path) -> tuple[nn.Module, ClassifierInfo]:
+    """The classifier of a run folder or of a classifier folder, on the CPU, in evaluation mode; raises LowmemError."""
+    folder = path / "classifier" if (path / "classifier").is_dir() else path
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise LowmemError(f"{path}: holds no classifier ({CONFIG} and {WEIGHTS}). Give the folder of a run that finished an epoch, or its classifier/.")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        facts = config["pretrained_cfg"]
+        info = ClassifierInfo(
+            architecture=config["architecture"], classes=tuple(facts["label_names"]), train_px=facts["input_size"][1],
+            test_px=facts.get("test_input_size", facts["input_size"])[1], crop_frac=facts.get("crop_pct", 1.0),
+            mean=tuple(facts["mean"]), std=tuple(facts["std"]),
+        )
+        model = timm.create_model(f"local-dir:{folder.resolve().as_posix()}", pretrained=True)
+    except Exception as error:  # a damaged folder provokes any error in json, safetensors and timm
+        raise LowmemError(f"{folder}: damaged classifier: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}.") from error
+    return model.eval(), info
+
+
+def _set_config(path: Path, facts: dict[str, object]) -> None:
+    """timm's writer leaves out some of the facts that its reader takes."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["num_classes"] = facts["num_classes"]
+    config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | facts
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
