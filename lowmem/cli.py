@@ -80,11 +80,12 @@ def predict(
     vram: Vram = "8G",
     device: Device = "auto",
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    px: Annotated[Optional[int], typer.Option("--px", min=16, help="Image size. Default: the classifier's test size.")] = None,
 ) -> None:
     """Label images; several runs average their probabilities."""
     from lowmem.inference import predict_to_csv
 
-    predict_to_csv(runs, out, top=top, vram=vram, device=device, flip=flip, console=Console())
+    predict_to_csv(runs, out, top=top, vram=vram, device=device, flip=flip, px=px, console=Console())
 
 
 @app.command()

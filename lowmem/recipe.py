@@ -33,6 +33,10 @@ class ModelRecipe(Section):
     """A timm model, with or without its weights' tag: `resnet50`, `seresnet152d.ra2_in1k`."""
     weights: str = "pretrained"
     """Where the initial weights come from: `pretrained` (timm's hub), `none`, `file:PATH`, `package:NAME/PATH`."""
+    weights_optional: bool = False
+    """Whether to start from random weights, and say so, where the package or file of `weights` is missing."""
+    head_init: Literal["timm", "zero"] = "timm"
+    """Start of a new head: timm's own, or zeros, which leave the features undisturbed at the first steps."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the classifier head."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -10,10 +10,13 @@ from typing import Any
 
 import psutil
 
+from lowmem.data.folder import Dataset
 from lowmem.errors import LowmemError
 from lowmem.machine import Machine
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.recipe import Recipe, load_recipe
+
+NUM_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class RunFolder:
     @property
     def data(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images.tsv"
 
     @property
     def epochs(self) -> Path:
@@ -66,10 +73,28 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / "run.lock"
 
-    def write_facts(self, recipe: Recipe, plan: Plan, machine: Machine) -> None:
+    def write_facts(self, recipe: Recipe, plan: Plan, machine: Machine, dataset: Dataset) -> None:
         self.recipe.write_text(recipe.to_toml(), encoding="utf-8")
         plan.save(self.plan)
         self.machine.write_text(machine.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        facts = {"root": str(dataset.root), "fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
+        self.data.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        self.images.write_text("".join(f"{line}\n" for line in sorted(dataset.entries())), encoding="utf-8", errors="surrogateescape")
+
+    def data_root(self) -> Path:
+        """The data folder that the run was started with."""
+        return Path(json.loads(self.data.read_text(encoding="utf-8"))["root"])
+
+    def check_same_data(self, dataset: Dataset, fingerprint: str) -> None:
+        """Raises LowmemError with the difference where the images are not those that the run was started with."""
+        if dataset.fingerprint == fingerprint:
+            return
+        before = set(self.images.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        now = set(dataset.entries())
+        changes = [f"  gone or changed: {line}" for line in sorted(before - now)] + [f"  new or changed: {line}" for line in sorted(now - before)]
+        more = f"\n  and {len(changes) - NUM_LISTED} more" if len(changes) > NUM_LISTED else ""
+        told = "\n".join(changes[:NUM_LISTED]).replace("\t", " ")
+        raise LowmemError(f"The images are not those that this run was started with:\n{told}{more}\nPut them back, or start a new run.")
 
     def record(self, event: str, **facts: Any) -> None:
         """Append a line to events.jsonl."""

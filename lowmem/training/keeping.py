@@ -1,8 +1,8 @@
 """What a run keeps: checkpoints, the log of epochs, the best classifier, figures and the report."""
 
+import math
 import time
 
-from lowmem.errors import LowmemError
 from lowmem.results.classifier import save_classifier
 from lowmem.results.history import EpochRow, append_epoch, read_history
 from lowmem.results.plots import plot_run
@@ -10,13 +10,13 @@ from lowmem.results.report import write_report
 from lowmem.training.checkpoint import write_checkpoint
 from lowmem.training.evaluate import Evaluation, read_evaluation, write_evaluation
 from lowmem.training.run import Run
-from lowmem.training.schedule import after_epoch, is_best
+from lowmem.training.schedule import after_epoch, is_best, learning_rate
 
 
 def save_checkpoint(run: Run) -> None:
     """Write the run as it stands between two steps."""
-    started = time.perf_counter()
     check_losses(run)
+    started = time.perf_counter()
     path = write_checkpoint(run.folder.checkpoints, run.snapshot())
     run.checkpoint_saved()
     run.folder.record("checkpoint", path=path.name, seconds=round(time.perf_counter() - started, 3))
@@ -25,7 +25,7 @@ def save_checkpoint(run: Run) -> None:
 def check_losses(run: Run) -> None:
     """Raises LowmemError naming the first step whose loss is not a finite number."""
     for step, loss in enumerate(run.state.losses, start=1):
-        if not abs(loss) < float("inf"):
+        if not math.isfinite(loss):
             raise run.not_finite(loss, step)
 
 
@@ -41,22 +41,37 @@ def keep_epoch(run: Run, evaluation: Evaluation) -> None:
     schedule = after_epoch(run.state.schedule, run.recipe.schedule, run.state.epoch, evaluation.accuracy, evaluation.loss)
     run.change(epoch=run.state.epoch + 1, step=0, losses=(), schedule=schedule)
     save_checkpoint(run)
+    run.folder.record("epoch", **vars(row), best=best)
     run.progress.epoch(row, best)
-    draw(run)
+    draw_figures(run)
 
 
 def finish(run: Run) -> None:
     """Mark the run as finished and write its report."""
     run.change(finished=True)
     save_checkpoint(run)
-    report = write_report(run.folder.path)
-    run.folder.record("finished", best_epoch=run.state.schedule.best_epoch, report=report.name)
+    write_report(run.folder.path)
+    run.folder.record("finished", best_epoch=run.state.schedule.best_epoch)
 
 
-def draw(run: Run) -> None:
-    if run.folder.evaluation.is_file():
-        plot_run(read_history(run.folder.epochs), read_evaluation(run.folder.evaluation), run.folder.figures)
+def draw_figures(run: Run) -> None:
+    if not run.folder.evaluation.is_file():
+        return
+    budget = run.plan.budget.total_bytes if run.plan.budget else None
+    predicted = run.plan.prediction.peak.total if run.plan.prediction else None
+    plot_run(read_history(run.folder.epochs), read_evaluation(run.folder.evaluation), run.folder.figures, budget, predicted)
 
 
 def epoch_row(run: Run, evaluation: Evaluation) -> EpochRow:
-    raise LowmemError("to be written")
+    state, clock = run.state, run.clock
+    steps = run.steps_per_epoch - clock.first_step
+    seconds = time.perf_counter() - clock.started
+    return EpochRow(
+        epoch=state.epoch, train_loss=math.fsum(state.losses) / len(state.losses),
+        val_loss=evaluation.loss, val_accuracy=evaluation.accuracy, val_precision=evaluation.precision,
+        val_recall=evaluation.recall, val_f1=evaluation.f1,
+        lr=learning_rate(state.schedule, run.recipe.schedule, state.epoch, run.steps_per_epoch - 1, run.steps_per_epoch),
+        seconds=round(seconds, 3), train_s=round(clock.train_s, 3), eval_s=round(seconds - clock.train_s, 3),
+        wait_data_s=round(clock.wait_data_s, 3), images_per_s=round(steps * run.recipe.batch.size / max(clock.train_s, 1e-9), 1),
+        peak_bytes=run.engine.enforcement.peak_bytes,
+    )

