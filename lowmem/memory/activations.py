@@ -137,7 +137,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in KEEPABLE_OPS:
-            if self.ordinal in self.keep:
+            if self.ordinal in self.keep and not _draws_mask(func, args, kwargs):
                 self.kept[self.ordinal] = tree_map_only(Tensor, partial(self._put_aside, self.ordinal in self.host), result)
             self.ordinal += 1
         return result
@@ -204,8 +204,15 @@ class _SavedTensors:
         return self.store.get(packed) if isinstance(packed, Ticket) else packed
 
 
+def _draws_mask(func: Any, args: Any, kwargs: Any) -> bool:
+    """Attention with dropout in its kernel: it must run again, so that the masks after it are drawn as before."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args)) | (kwargs or {})
+    return bool(named.get("dropout_p", 0.0))
+
+
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage, in whatever order of axes."""
-    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
+    """Whether a tensor is all of its storage, in whatever order of axes and without overlap."""
+    overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0 and not overlaps
 
 

@@ -9,35 +9,41 @@ uses the momentum (m / K) / (1 - m + m k / K), and the product of the remainders
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
-def batchnorms(module: nn.Module) -> list[_BatchNorm]:
-    """Batch norms with running statistics, anywhere inside."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def batchnorms(module: nn.Module) -> list[Any]:
+    """Layers with running statistics, anywhere inside: batch norms, and what follows their pattern (timm's EvoNorm-B)."""
+    return [m for m in module.modules() if m._buffers.get("running_var") is not None and hasattr(m, "momentum")]
 
 
 def has_live_batchnorm(model: nn.Module) -> bool:
-    """Whether any batch norm looks across the images of a batch when the model trains."""
-    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
+    """Whether any norm looks across the images of a batch when the model trains."""
+    return any(m.training for m in batchnorms(model) if not isinstance(m, _InstanceNorm)) or any(
+        isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules()
+    )
 
 
 @contextmanager
-def recomputing(norms: list[_BatchNorm]) -> Iterator[None]:
+def recomputing(norms: list[Any]) -> Iterator[None]:
     """Context: running these batch norms changes no statistic of theirs."""
-    held = [(norm, norm.momentum, norm._buffers["num_batches_tracked"]) for norm in norms if norm.training]
-    for norm, _, _ in held:
+    held = [(norm, norm.momentum, norm._buffers.get("num_batches_tracked")) for norm in norms if norm.training]
+    for norm, _, counter in held:
         norm.momentum = 0.0
-        norm._buffers["num_batches_tracked"] = None
+        if counter is not None:
+            norm._buffers["num_batches_tracked"] = None
     try:
         yield
     finally:
         for norm, momentum, counter in held:
             norm.momentum = momentum
-            norm._buffers["num_batches_tracked"] = counter
+            if counter is not None:
+                norm._buffers["num_batches_tracked"] = counter
 
 
 class AtomStatistics:

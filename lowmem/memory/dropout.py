@@ -21,6 +21,12 @@ RANDOM_MODULES = (nn.modules.dropout._DropoutNd, DropPath)
 RANDOM_RATES = ("drop_rate", "drop_path_rate", "drop_prob", "attn_drop", "dropout", "prob")
 """Attributes under which timm modules keep the rates of functional dropout."""
 
+WHOLE_ATOM_DRAWS = (
+    F.scaled_dot_product_attention, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu,
+    torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.randperm, torch.bernoulli, Tensor.uniform_, Tensor.normal_,
+)
+"""Draws whose rows cannot be taken from a draw for the whole atom."""
+
 
 def draws_random_numbers(module: nn.Module) -> bool:
     """Whether a forward pass in training may draw: a dropout layer, stochastic depth, or a rate for a functional one."""
@@ -42,6 +48,12 @@ def atom_masks(seed: int, epoch: int, step: int, atom: int, rows: slice | None =
         yield
 
 
+def _draws(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    if func is F.scaled_dot_product_attention:
+        return kwargs.get("dropout_p", 0.0) > 0
+    return kwargs.get("training", True)
+
+
 class _AtomRows(TorchFunctionMode):
     """Draws each mask for the whole atom and takes the rows of the running micro-batch."""
 
@@ -55,9 +67,15 @@ class _AtomRows(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is Tensor.bernoulli_ and len(args) > 1 and isinstance(args[1], float):
             return args[0].copy_(self._bernoulli(args[0], args[1]))
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0:
-            raise LowmemError("Attention dropout inside a fused kernel cannot be split over micro-batches. Use batch.norm_batch to make smaller atoms.")
+        if func in WHOLE_ATOM_DRAWS and self._is_split() and _draws(func, kwargs):
+            raise LowmemError(
+                f"This model draws random numbers with {func.__name__}, which cannot be split over micro-batches. "
+                "Use batch.norm_batch to make smaller atoms."
+            )
         return func(*args, **kwargs)
+
+    def _is_split(self) -> bool:
+        return self.rows.stop - self.rows.start != self.atom_size
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:

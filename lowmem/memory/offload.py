@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowmem.errors import LowmemError
 from lowmem.memory.meter import host_memory
 
 MIN_OFFLOAD_BYTES = 64 * 1024
@@ -27,16 +28,20 @@ class Ticket:
     flat: Tensor
     source: Tensor | None
     """Held until the copy to the host is known to be ordered before any reuse."""
+    group: "Group"
+    """Of the last block that needs it."""
+    version: int
     num_uses: int = 1
     copied: torch.cuda.Event | None = None
     device_copy: Tensor | None = None
     fetched: torch.cuda.Event | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The tickets of one block, in the order in which they were put."""
 
+    before: "Group | None" = None
     tickets: list[Ticket] = field(default_factory=list)
     prefetched: bool = False
 
@@ -49,20 +54,15 @@ class HostStore:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: dict[int, list[Tensor]] = defaultdict(list)
         self.groups: list[Group] = []
-        self.done: list[Group] = []
         self.known: dict[tuple[int, int, torch.Size, tuple[int, ...]], Ticket] = {}
-
-    @property
-    def host_bytes(self) -> int:
+        self.host_bytes = 0
         """Host memory held, in use or waiting to be used again."""
-        waiting = sum(buffer.nbytes for buffers in self.free.values() for buffer in buffers)
-        return waiting + sum(ticket.flat.nbytes for group in self.groups for ticket in group.tickets)
 
     def begin_block(self) -> None:
         """A block's forward pass starts: what the block before the last one put is released on the device."""
         if len(self.groups) > 1:
             self._release(self.groups[-2])
-        self.groups.append(Group())
+        self.groups.append(Group(self.groups[-1] if self.groups else None))
 
     def end_forward(self) -> None:
         """The last block is done."""
@@ -76,6 +76,9 @@ class HostStore:
         ticket = self.known.get(key)
         if ticket is not None and ticket.source is not None:
             ticket.num_uses += 1
+            if ticket.group is not self.groups[-1]:
+                ticket.group = self.groups[-1]
+                ticket.group.tickets.append(ticket)
             return ticket
         ticket = self._copy_out(tensor)
         self.known[key] = ticket
@@ -84,7 +87,7 @@ class HostStore:
 
     def get(self, ticket: Ticket) -> Tensor:
         """The tensor on the device again; it starts fetching the block before this one."""
-        self._fetch_ahead(ticket)
+        self._fetch_ahead(ticket.group)
         if ticket.source is not None and ticket.device_copy is None:
             self._release(Group([ticket]))
         if ticket.device_copy is None:
@@ -105,23 +108,25 @@ class HostStore:
         self.reset()
 
     def reset(self) -> None:
-        """Forget a pass that was not finished (evaluation of a graph, a failed step); the buffers are kept."""
-        for group in (*self.groups, *self.done):
+        """Forget a pass: what was never asked back, or a step that failed; the buffers are kept."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)  # it may still write to device copies dropped here
+        for group in self.groups:
             for ticket in group.tickets:
                 ticket.source = ticket.device_copy = None
                 if ticket.num_uses > 0:
                     ticket.num_uses = 0
                     self.free[ticket.flat.nbytes].append(ticket.flat)
+            group.before = None
+            group.tickets.clear()  # tickets and groups know each other, and nothing collects cycles during an epoch
         self.groups.clear()
-        self.done.clear()
         self.known.clear()
 
     def _copy_out(self, tensor: Tensor) -> Ticket:
         with host_memory():
-            waiting = self.free[tensor.nbytes]
-            flat = waiting.pop() if waiting else torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            flat = self._buffer(tensor.nbytes)
             host = flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-        ticket = Ticket(host, flat, tensor)
+        ticket = Ticket(host, flat, tensor, self.groups[-1], tensor._version)
         if self.stream is None:
             host.copy_(tensor)
             return ticket
@@ -131,6 +136,13 @@ class HostStore:
             ticket.copied = torch.cuda.Event()
             ticket.copied.record(self.stream)
         return ticket
+
+    def _buffer(self, num_bytes: int) -> Tensor:
+        waiting = self.free[num_bytes]
+        if waiting:
+            return waiting.pop()
+        self.host_bytes += num_bytes
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def _copy_back(self, ticket: Ticket) -> None:
         host = ticket.host
@@ -149,19 +161,16 @@ class HostStore:
             if ticket.copied is not None:
                 torch.cuda.current_stream(self.device).wait_event(ticket.copied)
                 ticket.copied = None
+            if ticket.source is not None and ticket.source._version != ticket.version:
+                raise LowmemError("A tensor was changed in place on its way to host memory; the plan must not offload it.")
             ticket.source = None
 
-    def _fetch_ahead(self, ticket: Ticket) -> None:
+    def _fetch_ahead(self, group: Group) -> None:
         """The first use in a block's backward pass fetches the rest of the block and the whole block before it."""
-        if not self.groups or ticket not in self.groups[-1].tickets:
-            self._drop_groups_after(ticket)
-        for group in self.groups[-2:]:
-            if not group.prefetched:
-                group.prefetched = True
-                for other in reversed(group.tickets):
-                    if other.num_uses > 0 and other.device_copy is None and other.source is None:
-                        self._copy_back(other)
-
-    def _drop_groups_after(self, ticket: Ticket) -> None:
-        while self.groups and ticket not in self.groups[-1].tickets:
-            self.done.append(self.groups.pop())
+        for near in (group, group.before):
+            if near is None or near.prefetched:
+                continue
+            near.prefetched = True
+            for other in reversed(near.tickets):
+                if other.num_uses > 0 and other.device_copy is None and other.source is None:
+                    self._copy_back(other)

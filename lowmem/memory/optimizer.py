@@ -124,9 +124,14 @@ class BackwardOptimizer:
         if scaler is not None or clip_norm is not None:
             raise LowmemError("The optimizer cannot run in the backward pass with gradient clipping or fp16: use another placement.")
         self.armed = False
+        for name, parameter in self.named.items():  # gradients of earlier micro-batches that the last one did not reach
+            if parameter.grad is not None:
+                _update([parameter], [parameter.grad], [self.state[name]], self.recipe, self.lr)
+                parameter.grad = None
 
     def set_lr(self, lr: float) -> None:
         self.lr = lr
+        self.armed = False  # a step begins; the one before may have failed half-way
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{kind}/{name}": value for name, state in self.state.items() for kind, value in state.items()}
