@@ -131,7 +131,6 @@ class BackwardOptimizer:
 
     def set_lr(self, lr: float) -> None:
         self.lr = lr
-        self.armed = False  # a step begins; the one before may have failed half-way
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{kind}/{name}": value for name, state in self.state.items() for kind, value in state.items()}
