@@ -136,10 +136,10 @@ def unlabelled_images(root: Path) -> Split:
     return _flat_split(root, names)
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts 0, 1, 2, ..., 10 and a2, a10 as people do."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part.casefold()) for part in parts if part) + ((2, 0, name),)
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sorts 0, 1, 2, ..., 10 and a, a2, a10 as people do."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in parts], name
 
 
 def _scan_classes(root: Path, folder: Path) -> dict[str, list[str]]:
