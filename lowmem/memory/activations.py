@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem.errors import LowmemError
 from lowmem.memory.batchnorm import batchnorms, recomputing
-from lowmem.memory.dropout import draws_random_numbers
+from lowmem.memory.dropout import draws_random_numbers, mask_mode
 from lowmem.memory.offload import MIN_OFFLOAD_BYTES, HostStore, Ticket
 from lowmem.planning.plan import BlockPolicy
 
@@ -111,7 +111,20 @@ _RUN = {"none": _run_none, "full": _run_full, "selective": _run_selective}
 
 
 def _checkpoint(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws_random_numbers(block), **kwargs)
+    masks = mask_mode()
+    context_fn = contexts if masks is None else partial(_with_masks, masks, contexts)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, preserve_rng_state=draws_random_numbers(block), **kwargs)
+
+
+def _with_masks(masks: AbstractContextManager[Any], contexts: Callable[[], Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    first_run, second_run = contexts()
+    return first_run, _both(masks, second_run)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _selective_contexts(block: nn.Module, policy: BlockPolicy, store: HostStore | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lowmem.errors import LowmemError
 from lowmem.randomness import torch_seed
@@ -21,11 +21,24 @@ RANDOM_MODULES = (nn.modules.dropout._DropoutNd, DropPath)
 RANDOM_RATES = ("drop_rate", "drop_path_rate", "drop_prob", "attn_drop", "dropout", "prob")
 """Attributes under which timm modules keep the rates of functional dropout."""
 
-WHOLE_ATOM_DRAWS = (
-    F.scaled_dot_product_attention, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu,
-    torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.randperm, torch.bernoulli, Tensor.uniform_, Tensor.normal_,
+_DROPOUT = ("input", "p", "training")
+WHOLE_ATOM_DRAWS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p"),
+    F.multi_head_attention_forward: (
+        "query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
+        "dropout_p", "out_proj_weight", "out_proj_bias", "training",
+    ),
+    F.dropout1d: _DROPOUT,
+    F.dropout2d: _DROPOUT,
+    F.dropout3d: _DROPOUT,
+    F.alpha_dropout: _DROPOUT,
+    F.feature_alpha_dropout: _DROPOUT,
+    F.rrelu: ("input", "lower", "upper", "training"),
+} | dict.fromkeys(
+    (F.gumbel_softmax, torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.randperm, torch.bernoulli, Tensor.uniform_, Tensor.normal_),
+    (),
 )
-"""Draws whose rows cannot be taken from a draw for the whole atom."""
+"""Draws whose rows cannot be taken from a draw for the whole atom, with the names of their arguments."""
 
 
 def draws_random_numbers(module: nn.Module) -> bool:
@@ -48,10 +61,15 @@ def atom_masks(seed: int, epoch: int, step: int, atom: int, rows: slice | None =
         yield
 
 
-def _draws(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    if func is F.scaled_dot_product_attention:
-        return kwargs.get("dropout_p", 0.0) > 0
-    return kwargs.get("training", True)
+def _draws(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    given = dict(zip(WHOLE_ATOM_DRAWS[func], args)) | kwargs
+    return given.get("dropout_p", 1.0) > 0 and given.get("p", 1.0) > 0 and given.get("training", True)
+
+
+def mask_mode() -> AbstractContextManager[Any] | None:
+    """What takes the rows of each mask at this moment. Recomputation enters it again: torch switches such a mode off for the
+    length of a backward pass."""
+    return next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, _AtomRows)), None)
 
 
 class _AtomRows(TorchFunctionMode):
@@ -67,7 +85,7 @@ class _AtomRows(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is Tensor.bernoulli_ and len(args) > 1 and isinstance(args[1], float):
             return args[0].copy_(self._bernoulli(args[0], args[1]))
-        if func in WHOLE_ATOM_DRAWS and self._is_split() and _draws(func, kwargs):
+        if func in WHOLE_ATOM_DRAWS and self._is_split() and _draws(func, args, kwargs):
             raise LowmemError(
                 f"This model draws random numbers with {func.__name__}, which cannot be split over micro-batches. "
                 "Use batch.norm_batch to make smaller atoms."
