@@ -1,6 +1,7 @@
 """Small models, their blocks, and the state after some steps through the real Engine."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ def policies(name: str, kind: str) -> dict[str, BlockPolicy]:
     return chosen
 
 
+@cache
 def keepable(name: str) -> dict[str, tuple[int, ...]]:
     """For each block the ordinals of outputs that nothing changes in place."""
     model = build_model(ModelRecipe(name=name, weights="none"), NUM_CLASSES).train()
