@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.errors import LowmemError
@@ -113,7 +113,14 @@ _RUN = {"none": _run_none, "full": _run_full, "selective": _run_selective}
 def _checkpoint(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], args: Any, kwargs: Any) -> Any:
     masks = mask_mode()
     context_fn = contexts if masks is None else partial(_with_masks, masks, contexts)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, preserve_rng_state=draws_random_numbers(block), **kwargs)
+    # Taken apart and put together again, so that a list which the caller goes on filling (DenseNet) is recomputed as it was.
+    leaves, structure = tree_flatten((args, kwargs))
+
+    def run(*leaves: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, structure)
+        return forward(*args, **kwargs)
+
+    return checkpoint(run, *leaves, use_reentrant=False, context_fn=context_fn, preserve_rng_state=draws_random_numbers(block))
 
 
 def _with_masks(masks: AbstractContextManager[Any], contexts: Callable[[], Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

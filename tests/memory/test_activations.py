@@ -132,6 +132,42 @@ def test_attention_with_dropout_in_its_kernel_runs_again() -> None:
     assert not _draws_mask(torch.ops.aten.mm.default, (None, None), {})
 
 
+class _Dense(nn.Module):
+    """As DenseNet has it: each block takes the list of all features so far, and the caller appends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_DenseBlock(3 + 4 * k) for k in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for block in self.blocks:
+            features.append(block(features, scale=x.new_tensor(2.0)))
+        return torch.cat(features, 1)
+
+
+class _DenseBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, 4, 3, padding=1)
+
+    def forward(self, features: list[Tensor], scale: Tensor) -> Tensor:
+        return self.conv(self.norm(torch.cat(features, 1)).relu() * scale)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_a_list_that_grows_after_the_block_is_recomputed_as_it_was(recompute: str) -> None:
+    x, grads = torch.randn(2, 3, 8, 8), []
+    torch.manual_seed(0)
+    model = _Dense()
+    for policy in ({}, {f"blocks.{k}": BlockPolicy(recompute=recompute) for k in range(3)}):
+        apply_policies(model, policy)
+        model(x).square().sum().backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad()
+    assert not differing(*grads)
+
+
 def test_evaluation_keeps_nothing() -> None:
     model = build_model(make_recipe("test_resnet").model, 3).eval()
     x = torch.randn(2, 3, 48, 48)
