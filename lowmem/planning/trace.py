@@ -1,0 +1,249 @@
+"""One training step on fake tensors: the exact peak of a plan, and what each block holds when.
+
+The step that is traced is the one that is run (training/step.py, with the real policies); only the optimizer's arithmetic is left out,
+which allocates nothing, and its state is one tensor of the same size. Fake tensors live on the CPU, since fake CUDA tensors
+cannot run backward without a card.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lowmem.data.batch import HostBatch
+from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.memory.activations import apply_policies
+from lowmem.memory.batchnorm import StatisticsBackup
+from lowmem.memory.meter import MemoryMeter, host_memory
+from lowmem.memory.optimizer import STAGING_BYTES, _groups
+from lowmem.planning.cost import OpCost, op_cost
+from lowmem.planning.network import FakeNetwork
+from lowmem.planning.plan import MemoryBreakdown, Placement, Plan
+from lowmem.recipe import MixupRecipe, Recipe
+from lowmem.training.objective import Objective
+from lowmem.training.step import TrainStep, autocast
+
+NORM = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CATEGORIES = {"forward": "activations", "backward": "workspace"}
+
+
+@dataclass
+class BlockMoments:
+    """Live bytes when a block starts, and the most while it runs, in both directions; `args` is how it was called."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    num_calls: int = 0
+    forward_start: int = 0
+    forward_peak: int = 0
+    backward_start: int = 0
+    backward_peak: int = 0
+
+
+@dataclass
+class StepTrace:
+    """What one traced step showed. `elsewhere_peak` is the most while no block was running."""
+
+    peak_bytes: int
+    breakdown: MemoryBreakdown
+    blocks: dict[str, BlockMoments]
+    order: list[str]
+    elsewhere_forward_peak: int
+    elsewhere_backward_peak: int
+    ops: list[OpCost]
+    host_bytes: int
+
+
+class StepRecorder(MemoryMeter):
+    """A meter that also notes what each operation costs."""
+
+    def __init__(self) -> None:
+        super().__init__(record=True)
+        self.ops: list[OpCost] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        cost = op_cost(func, args, kwargs, result)
+        if cost is not None:
+            self.ops.append(cost)
+        return result
+
+
+class TracedOptimizer:
+    """Stands for an optimizer: its memory and the moment at which gradients go, without its arithmetic."""
+
+    def __init__(self, model: nn.Module, placement: Placement, meter: MemoryMeter) -> None:
+        self.placement, self.meter, self.armed = placement, meter, False
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.state = torch.empty(optimizer_bytes(self.named, placement), dtype=torch.uint8)
+        self.hooks = [p.register_post_accumulate_grad_hook(self._grad_is_complete) for p in self.named.values()]
+
+    def arm(self) -> None:
+        self.armed = True
+
+    def update(self, scaler: Any, clip_norm: float | None) -> None:
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _grad_is_complete(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None and self.meter.timeline is not None
+        item = self.meter.timeline.live_now.get(parameter.grad.untyped_storage()._cdata)
+        if item is not None:
+            item.label = "gradients"
+        if self.placement == "backward" and self.armed:
+            parameter.grad = None
+
+
+def optimizer_bytes(named: dict[str, Any], placement: Placement) -> int:
+    """What a placement of AdamW takes up on the device."""
+    num_steps = 4 * len(named)
+    if placement != "host":
+        return num_steps + sum(2 * p.nbytes for p in named.values())
+    groups = _groups(named, STAGING_BYTES)
+    widest = max(sum(2 * named[name].nbytes for name in group) for group in groups)
+    return num_steps + widest * min(2, len(groups))
+
+
+def trace_step(network: FakeNetwork, plan: Plan, recipe: Recipe) -> StepTrace:
+    """Trace the first and the last forward pass of a step under a plan; that is where a step's peak lies."""
+    meter = StepRecorder()
+    with network.fake():
+        network.training_mode()
+        handle = apply_policies(network.model, plan.blocks)
+        optimizer = TracedOptimizer(network.model, plan.optimizer, meter)
+        backup = StatisticsBackup(network.model)
+        objective = Objective(recipe.loss, torch.ones(network.num_classes, dtype=torch.int64), "cpu")
+        step = TrainStep(network.model, recipe, plan, objective, optimizer, handle)
+        step.parts = step.parts if len(step.parts) < 2 else [step.parts[0], step.parts[-1]]
+        watch = _BlockWatch(network, meter)
+        meter.adopt([*network.model.parameters(), *network.model.buffers(), *backup.copies, objective.weights_K], "weights")
+        meter.adopt([optimizer.state], "optimizer")
+        host_batch = _host_batch(recipe)
+        try:
+            with meter:
+                meter.label = "inputs"
+                batch = _device_input(recipe, plan).prepare(host_batch, 1, 0)
+                meter.label = "forward"
+                watch.begin()
+                step(batch, 1, 0)
+            watch.end()
+        finally:
+            watch.close()
+            optimizer.close()
+            handle.remove()
+    return watch.result(0 if handle.store is None else handle.store.host_bytes)
+
+
+def trace_evaluation(network: FakeNetwork, plan: Plan, px: int, batch_size: int) -> int:
+    """Peak of a forward pass of evaluation, weights included."""
+    meter = MemoryMeter()
+    with network.fake(), torch.no_grad():
+        network.model.eval()
+        meter.adopt([*network.model.parameters(), *network.model.buffers()], "weights")
+        images_BHWC = torch.empty(batch_size, px, px, 3, dtype=torch.uint8)
+        with meter, autocast(plan):
+            network.model(DeviceInput(NORM, torch.device("cpu"), plan.memory_format).images(images_BHWC)).float()
+        network.training_mode()
+    return meter.peak_bytes
+
+
+def _device_input(recipe: Recipe, plan: Plan) -> DeviceInput:
+    mixup = MixupRecipe(prob=1.0, alpha=recipe.mixup.alpha) if recipe.mixup.prob else None
+    return DeviceInput(NORM, torch.device("cpu"), plan.memory_format, mixup, 0)
+
+
+def _host_batch(recipe: Recipe) -> HostBatch:
+    size, px = recipe.batch.size, recipe.data.train_px
+    with host_memory():
+        labels_B = torch.zeros(size, dtype=torch.int64)
+        return HostBatch(torch.empty(size, px, px, 3, dtype=torch.uint8), labels_B, labels_B)
+
+
+class _BlockWatch:
+    """Notes the live bytes and the peaks between the moments at which blocks start and end."""
+
+    def __init__(self, network: FakeNetwork, meter: StepRecorder) -> None:
+        self.meter = meter
+        self.moments = {path: BlockMoments() for path in network.blocks}
+        self.order: list[str] = []
+        self.elsewhere: Counter[str] = Counter()
+        self.current: tuple[str, str] | None = None
+        self.peak_bytes = 0
+        self.hooks: list[Any] = []
+        for path, block in network.blocks.items():
+            self.hooks.append(block.register_forward_pre_hook(_bound(self._forward_starts, path), with_kwargs=True))
+            self.hooks.append(block.register_forward_hook(_bound(self._forward_ends, path)))
+
+    def begin(self) -> None:
+        self._mark(None)
+
+    def end(self) -> None:
+        self._mark(None)
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def result(self, host_bytes: int) -> StepTrace:
+        timeline = self.meter.timeline
+        assert timeline is not None
+        sums: Counter[str] = Counter()
+        for item in timeline.live_at(timeline.peak_time()):
+            sums[CATEGORIES.get(item.label, item.label)] += item.num_bytes
+        return StepTrace(
+            self.peak_bytes, MemoryBreakdown(**sums), self.moments, self.order, self.elsewhere["forward"], self.elsewhere["backward"],
+            self.meter.ops, host_bytes,
+        )
+
+    def _mark(self, following: tuple[str, str] | None) -> None:
+        """What ran until now reached this peak; `following` (block, direction) runs from now on."""
+        peak, live = self.meter.peak_bytes, self.meter.live_bytes
+        self.peak_bytes = max(self.peak_bytes, peak)
+        if self.current is None:
+            self.elsewhere[self.meter.label] = max(self.elsewhere[self.meter.label], peak)
+        else:
+            path, direction = self.current
+            name = f"{direction}_peak"
+            setattr(self.moments[path], name, max(getattr(self.moments[path], name), peak))
+        if following is not None:
+            setattr(self.moments[following[0]], f"{following[1]}_start", live)
+        self.current = following
+        self.meter.reset_peak()
+
+    def _forward_starts(self, path: str, args: Any, kwargs: Any) -> None:
+        self.meter.label = "forward"
+        moments = self.moments[path]
+        moments.num_calls += 1
+        if moments.num_calls == 1:
+            self.order.append(path)
+            moments.args, moments.kwargs = (tree_map_only(Tensor, _meta, given) for given in (args, kwargs))
+        self._mark((path, "forward"))
+
+    def _forward_ends(self, path: str, output: Any) -> None:
+        self._mark(None)
+        tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if tensor is not None:
+            tensor.register_hook(lambda grad: self._backward_starts(path))
+
+    def _backward_starts(self, path: str) -> None:
+        self._mark((path, "backward"))
+        self.meter.label = "backward"
+
+
+def _bound(action: Any, path: str) -> Any:
+    """A module hook that forgets the module, and for forward hooks the arguments too."""
+    if action.__name__ == "_forward_starts":
+        return lambda module, args, kwargs: action(path, args, kwargs)
+    return lambda module, args, output: action(path, output)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    with host_memory():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
