@@ -1,5 +1,6 @@
 """The commands: each parses its options and calls one function of the engine."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -110,6 +111,9 @@ def recipes() -> None:
 
 def main() -> None:
     """Entry point: users meet LowmemError in a few lines; `--debug` shows the traceback."""
+    # OpenMP threads that sleep instead of spinning leave the cores to the loader. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     try:
         app()
     except LowmemError as error:

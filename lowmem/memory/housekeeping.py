@@ -39,12 +39,3 @@ def prepare_allocator() -> None:
     if sys.platform != "win32" and not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def prepare_threads() -> None:
-    """OpenMP threads that sleep instead of spinning, so that loader workers get their share of the cores.
-
-    Must run before torch is imported; a setting of the user's stands.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")

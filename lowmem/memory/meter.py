@@ -106,7 +106,7 @@ class MemoryMeter(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address in self._live or _HOST_DEPTH[0] and self._ignore(storage, address):
+        if address in self._live or (_HOST_DEPTH[0] and self._ignore(storage, address)):
             return
         num_bytes = storage.nbytes()
         self._live[address] = weakref.ref(storage, partial(_on_freed, weakref.ref(self), address, num_bytes))

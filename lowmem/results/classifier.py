@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 from pydantic import BaseModel, ConfigDict
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem.errors import LowmemError
 from lowmem.recipe import Recipe
@@ -50,13 +50,16 @@ def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> Non
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     config = {
-        "num_classes": len(info.classes), "label_names": list(info.classes), "pretrained_cfg": {},
+        "num_classes": len(info.classes), "label_names": list(info.classes),
         "input_size": [3, info.train_px, info.train_px], "test_input_size": [3, info.test_px, info.test_px],
         "mean": list(info.mean), "std": list(info.std), "crop_pct": info.crop_frac, "test_crop_pct": info.crop_frac,
         "interpolation": "bilinear",
     }
-    del config["pretrained_cfg"]
-    save_for_hf(model, partial, model_config=config, safe_serialization=True)
+    contiguous = model.register_state_dict_post_hook(_make_contiguous)
+    try:
+        save_for_hf(model, partial, model_config=config, safe_serialization=True)
+    finally:
+        contiguous.remove()
     _set_config(partial / CONFIG, config)
     if folder.exists():
         folder.rename(old)
@@ -81,6 +84,12 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierInfo]:
     except Exception as error:  # a damaged folder provokes any error in json, safetensors and timm
         raise LowmemError(f"{folder}: damaged classifier: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}.") from error
     return model.eval(), info
+
+
+def _make_contiguous(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """safetensors writes contiguous tensors only; channels_last weights are not."""
+    for name, tensor in state.items():
+        state[name] = tensor.contiguous()
 
 
 def _set_config(path: Path, facts: dict[str, object]) -> None:
