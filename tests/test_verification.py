@@ -19,7 +19,11 @@ def plan(**changes: object) -> Plan:
 
 
 def test_policies_and_placement_are_bitwise() -> None:
-    blocks = {"layer1.0": BlockPolicy(recompute="full"), "layer2.0": BlockPolicy(host="all"), "layer3.0": BlockPolicy(recompute="selective", keep=(0,))}
+    blocks = {
+        "layer1.0": BlockPolicy(recompute="full"),
+        "layer2.0": BlockPolicy(host="all"),
+        "layer3.0": BlockPolicy(recompute="selective", keep=(0,)),
+    }
     found = verify(recipe("test_resnet"), plan(blocks=blocks, optimizer="host"), num_classes=3)
     assert found.holds
     assert found.num_differing == 0

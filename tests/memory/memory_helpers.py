@@ -36,7 +36,8 @@ def make_recipe(name: str, size: int = 4, norm_batch: int | None = None, dropout
 
 
 def make_plan(**changes: Any) -> Plan:
-    return Plan.model_validate({"device": "cpu", "device_name": "CPU", "amp_dtype": "fp32", "micro_batch": 4, "cudnn_benchmark": False} | changes)
+    usual = {"device": "cpu", "device_name": "CPU", "amp_dtype": "fp32", "micro_batch": 4, "cudnn_benchmark": False}
+    return Plan.model_validate(usual | changes)
 
 
 def make_engine(recipe: Recipe, plan: Plan) -> Engine:

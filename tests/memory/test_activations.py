@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from memory_helpers import BLOCKS, differing, end_state, keepable, make_engine, make_plan, make_recipe, policies, run_steps
+from memory_helpers import (
+    BLOCKS,
+    differing,
+    end_state,
+    keepable,
+    make_engine,
+    make_plan,
+    make_recipe,
+    policies,
+    run_steps,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -79,7 +79,8 @@ def _fails_and_is_taken_back(engine: Engine, inject: Callable[[Engine], None]) -
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("inject", [_in_forward, _in_second_atom, _in_backward, _in_optimizer])
 def test_a_failed_step_leaves_no_trace(kind: str, inject: Callable[[Engine], None]) -> None:
-    engine = make_engine(make_recipe("test_resnet", norm_batch=2), make_plan(micro_batch=2, blocks=policies("test_resnet", kind), budget=BUDGET))
+    plan = make_plan(micro_batch=2, blocks=policies("test_resnet", kind), budget=BUDGET)
+    engine = make_engine(make_recipe("test_resnet", norm_batch=2), plan)
     _fails_and_is_taken_back(engine, inject)
     engine.close()
 

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from memory_helpers import BLOCKS, differing, end_state, make_engine, make_plan, make_recipe, policies, run_steps, state_of
+from memory_helpers import (
+    BLOCKS,
+    differing,
+    end_state,
+    make_engine,
+    make_plan,
+    make_recipe,
+    policies,
+    run_steps,
+    state_of,
+)
 from torch import nn
 
 from lowmem.errors import LowmemError
@@ -176,7 +186,8 @@ def test_offload_is_bitwise_a_hundred_times(kind: str) -> None:
 def test_offload_frees_device_memory() -> None:
     held = {}
     for kind in ("none", "offload"):
-        engine = make_engine(make_recipe("test_resnet", size=16, px=160), make_plan(device="cuda:0", micro_batch=16, blocks=policies("test_resnet", kind)))
+        plan = make_plan(device="cuda:0", micro_batch=16, blocks=policies("test_resnet", kind))
+        engine = make_engine(make_recipe("test_resnet", size=16, px=160), plan)
         run_steps(engine, [0])
         torch.cuda.reset_peak_memory_stats()
         run_steps(engine, [1])
