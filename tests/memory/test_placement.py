@@ -1,5 +1,7 @@
 """Optimizer placements: weights and state end bitwise equal, with accumulation, clipping and a scaler."""
 
+from typing import get_args
+
 import pytest
 import torch
 from memory_helpers import differing, end_state, make_engine, make_plan, make_recipe, policies, run_steps, state_of
@@ -8,14 +10,23 @@ from torch import nn
 from lowmem.errors import LowmemError
 from lowmem.memory.meter import MemoryMeter
 from lowmem.memory.optimizer import BackwardOptimizer, place_optimizer
+from lowmem.planning.plan import Placement
 from lowmem.recipe import OptimizerRecipe
 
 SCALER_STEPS = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 
 
+PLACEMENTS = [placement for placement in get_args(Placement) if placement != "device"]
+
+
+def _stage_through(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr("lowmem.memory.optimizer.STAGING_BYTES", num_bytes)
+    monkeypatch.setattr("lowmem.memory.optimizer.CHUNK_ELEMENTS", num_bytes // 8, raising=False)
+
+
 @pytest.fixture(params=[2**25, 200 * 1024], ids=["one buffer", "many groups"])
 def staging_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("lowmem.memory.optimizer.STAGING_BYTES", request.param)
+    _stage_through(monkeypatch, request.param)
     return int(request.param)
 
 
@@ -24,7 +35,7 @@ def test_placements_are_bitwise(staging_bytes: int, norm_batch: int | None) -> N
     recipe, micro_batch = make_recipe("test_resnet", norm_batch=norm_batch), norm_batch or 4
     expected = end_state(recipe, make_plan(micro_batch=micro_batch), num_steps=3)
     assert float(expected["step/conv1.0.weight" if "step/conv1.0.weight" in expected else "step/conv1.weight"]) == 3
-    for placement in ("backward", "host"):
+    for placement in PLACEMENTS:
         for kind in ("none", "full"):
             plan = make_plan(micro_batch=micro_batch, optimizer=placement, blocks=policies("test_resnet", kind))
             assert not differing(expected, end_state(recipe, plan, num_steps=3)), (placement, kind)
@@ -34,7 +45,7 @@ def test_placements_are_bitwise(staging_bytes: int, norm_batch: int | None) -> N
 def test_placements_are_bitwise_without_batch_norm(name: str) -> None:
     recipe = make_recipe(name)
     expected = end_state(recipe, make_plan(amp_dtype="bf16"), num_steps=3)
-    for placement in ("backward", "host"):
+    for placement in PLACEMENTS:
         plan = make_plan(amp_dtype="bf16", optimizer=placement, blocks=policies(name, "selective_offload"))
         assert not differing(expected, end_state(recipe, plan, num_steps=3)), placement
 
@@ -96,7 +107,7 @@ def test_gradients_are_gone_and_state_is_where_it_should_be() -> None:
 
 
 def test_the_host_placement_stages_through_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.memory.optimizer.STAGING_BYTES", 64 * 1024)
+    _stage_through(monkeypatch, 64 * 1024)
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])  # 32 KiB of state each
     optimizer = place_optimizer(model, OptimizerRecipe(), "host", torch.device("cpu"))
     assert sum(tensor.nbytes for tensor in optimizer.device_tensors()) == 2 * 64 * 1024 + 8 * 4
@@ -150,7 +161,7 @@ def test_placements_are_bitwise_on_cuda(amp: str, clip_norm: float | None, stagi
     recipe = make_recipe("test_vit", norm_batch=2, clip_norm=clip_norm)
     torch.use_deterministic_algorithms(True, warn_only=True)
     states = {}
-    for placement in ("device", "host") if clip_norm or amp == "fp16" else ("device", "host", "backward"):
+    for placement in ("device", "host") if clip_norm or amp == "fp16" else ("device", *PLACEMENTS):
         engine = make_engine(recipe, make_plan(device="cuda:0", micro_batch=2, amp_dtype=amp, optimizer=placement))
         run_steps(engine, range(20))
         states[placement] = state_of(engine)
