@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "selective + offload, host optimizer": ("selective_offload", "host"),
     "full, optimizer in backward": ("full", "backward"),
     "offload, optimizer in backward": ("offload", "backward"),
+    "selective, host optimizer in backward": ("selective", "host_backward"),
 }
 PX, BATCH, STEPS, NUM_CLASSES = 64, 4, 3, 5
 State = dict[str, Tensor]
