@@ -1,14 +1,17 @@
-"""Where AdamW's state lives and when it is applied: three placements, one arithmetic.
+"""Where AdamW's state lives and when it is applied: four placements, one arithmetic.
 
 - `device`: torch's fused AdamW; the state (8 bytes a weight) stays on the device.
 - `backward`: each weight is updated as soon as its gradient is complete, and the gradient is freed (LOMO's idea; here with the
   whole AdamW). Not with global clipping or a GradScaler, which need all gradients at once.
-- `host`: the state lives in pinned host memory and is streamed through a small staging buffer on the device.
+- `host`: the state lives in pinned host memory and is streamed through two small staging buffers on the device.
+- `host_backward`: both; the copies hide behind the backward pass.
 
-All three run the same fused kernel on the same values, so weights and state end bitwise equal.
+All of them run the same fused kernel on the same values, so weights and state end bitwise equal.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +25,11 @@ from lowmem.recipe import OptimizerRecipe
 from lowmem.sizes import MIB
 
 STAGING_BYTES = 32 * MIB
-"""Per staging buffer of the `host` placement; there are two, so that copies and updates overlap."""
+"""Per staging buffer of the host placements; there are two, so that copies and updates overlap."""
+CHUNK_ELEMENTS = STAGING_BYTES // 8
+"""A larger weight is updated in parts."""
+ARENA_ELEMENTS = 16 * MIB
+"""64 MiB of float32: pinned memory is handed out in powers of two (pytorch #95823)."""
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
 Named = dict[str, nn.Parameter]
 
@@ -54,12 +61,12 @@ class PlacedOptimizer(Protocol):
 def place_optimizer(model: nn.Module, recipe: OptimizerRecipe, placement: str, device: torch.device) -> PlacedOptimizer:
     """AdamW over all trainable weights; the state is allocated here, so that it cannot run out of memory later."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if placement == "backward" and recipe.clip_norm is not None:
+    if placement.endswith("backward") and recipe.clip_norm is not None:
         raise LowmemError("The optimizer cannot run in the backward pass with optimizer.clip_norm, which needs all gradients at once.")
     if placement == "backward":
         return BackwardOptimizer(named, recipe)
-    if placement == "host":
-        return HostOptimizer(named, recipe, device)
+    if placement in ("host", "host_backward"):
+        return HostOptimizer(named, recipe, device, in_backward=placement == "host_backward")
     return DeviceOptimizer(named, recipe)
 
 
@@ -154,34 +161,59 @@ class BackwardOptimizer:
             parameter.grad = None
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A run of one weight's elements in memory order, and its moments on the host."""
+
+    name: str
+    start: int
+    stop: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
 class HostOptimizer:
-    def __init__(self, named: Named, recipe: OptimizerRecipe, device: torch.device) -> None:
+    """`in_backward`: each weight is updated during the backward pass, one weight behind, so that the copies hide."""
+
+    def __init__(self, named: Named, recipe: OptimizerRecipe, device: torch.device, in_backward: bool) -> None:
         self.named, self.lr, self.recipe, self.device = named, recipe.lr, recipe, device
-        pinned = device.type == "cuda"
-        with host_memory():
-            self.host = {name: _fresh_state(p, "cpu", pinned) for name, p in named.items()}
+        self.chunks = _chunks(named, pinned=device.type == "cuda")
         self.steps = {name: torch.zeros((), device=device) for name in named}
-        self.groups = _groups(named, STAGING_BYTES)
-        widest = max(sum(2 * named[name].nbytes for name in group) for group in self.groups)
-        self.staging = [torch.empty(widest // 4, device=device) for _ in range(min(2, len(self.groups)))]
-        self.stream = torch.cuda.Stream(device) if pinned else None
+        self.slots = [torch.empty(num, device=device) for num in staging_sizes(named)]
+        self.turn = 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.armed = False
+        self.pending: tuple[list[Chunk], Tensor] | None = None
+        self.hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._grad_is_complete, name=name))
+            for name, parameter in (named.items() if in_backward else ())
+        ]
         self.scratch = torch.optim.SGD(named.values(), lr=0.0)
         """Only a handle by which a GradScaler finds the gradients."""
 
     def arm(self) -> None:
-        pass
+        self.armed = True
 
     def update(self, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:
+        if self.hooks and (scaler is not None or clip_norm is not None):
+            raise LowmemError("The optimizer cannot run in the backward pass with gradient clipping or fp16: use another placement.")
         if scaler is not None:
             scaler.unscale_(self.scratch)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self.named.values(), clip_norm)
-        if scaler is None or not _found_inf(scaler, self.scratch):
-            self._update_all()
+        if not self.hooks and (scaler is None or not _found_inf(scaler, self.scratch)):
+            for group in _groups([c for chunks in self.chunks.values() for c in chunks if self.named[c.name].grad is not None]):
+                self._enqueue(group)
+        self._flush()
         if scaler is not None:
             scaler.update()
         for parameter in self.named.values():
             parameter.grad = None
+        self.armed = False
 
     def set_lr(self, lr: float) -> None:
         self.lr = lr
@@ -189,68 +221,151 @@ class HostOptimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         if self.stream is not None:
             self.stream.synchronize()
-        moments = {f"{kind}/{name}": state[kind] for name, state in self.host.items() for kind in STATE_NAMES}
-        return moments | {f"step/{name}": step for name, step in self.steps.items()}
+        whole = {f"{kind}/{name}": self._gathered(name, kind) for name in self.named for kind in STATE_NAMES}
+        return whole | {f"step/{name}": step for name, step in self.steps.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        _copy_state(self.state_tensors(), tensors)
+        _check_names(self.state_tensors(), tensors)
+        for name, parameter in self.named.items():
+            self.steps[name].copy_(tensors[f"step/{name}"])
+            for kind in STATE_NAMES:
+                flat = torch.empty_strided(parameter.shape, parameter.stride()).copy_(tensors[f"{kind}/{name}"])
+                for chunk in self.chunks[name]:
+                    getattr(chunk, kind).copy_(_flat(flat)[chunk.start : chunk.stop])
 
     def device_tensors(self) -> Iterable[Tensor]:
-        return [*self.staging, *self.steps.values()]
+        return [*self.slots, *self.steps.values()]
 
     def reset(self) -> None:
-        pass
+        self.armed, self.pending = False, None
 
     def close(self) -> None:
-        pass
+        for hook in self.hooks:
+            hook.remove()
 
-    def _update_all(self) -> None:
-        """Group by group through the staging buffers; the next group's state travels while this one is updated."""
-        staged = self._fetch(0)
-        for index in range(len(self.groups)):
-            following = self._fetch(index + 1) if index + 1 < len(self.groups) else None
-            self._apply(index, staged)
-            staged = following
+    def _grad_is_complete(self, parameter: Tensor, name: str) -> None:
+        if self.armed:
+            for group in _groups(self.chunks[name]):
+                self._enqueue(group)
 
-    def _fetch(self, index: int) -> dict[str, dict[str, Tensor]]:
-        flat, offset, views = self.staging[index % len(self.staging)], 0, {}
-        for name in self.groups[index]:
-            parameter, views[name] = self.named[name], {"step": self.steps[name]}
-            for kind in STATE_NAMES:
-                size = parameter.numel()
-                views[name][kind] = flat[offset : offset + size].as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset)
-                offset += size
+    def _enqueue(self, group: list[Chunk]) -> None:
+        """Fetch a group's moments, and meanwhile update the group before it."""
+        slot = self.slots[self.turn % len(self.slots)]
+        self.turn += 1
+        if len(self.slots) == 1:
+            self._flush()
         with self._on_stream():
-            for name in self.groups[index]:
-                for kind in STATE_NAMES:
-                    views[name][kind].copy_(self.host[name][kind], non_blocking=True)
-        return views
+            for kind, chunk, view in _views(group, slot):
+                view.copy_(getattr(chunk, kind), non_blocking=True)
+        self._flush()
+        self.pending = (group, slot)
 
-    def _apply(self, index: int, staged: dict[str, dict[str, Tensor]]) -> None:
-        names = [name for name in self.groups[index] if self.named[name].grad is not None]
+    def _flush(self) -> None:
+        """Update the pending group and send its moments home."""
+        if self.pending is None:
+            return
+        group, slot = self.pending
+        self.pending = None
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        parameters = [self.named[name] for name in names]
-        _update(parameters, [p.grad for p in parameters], [staged[name] for name in names], self.recipe, self.lr)
+        self._apply(group, slot)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._on_stream():
-            for name in names:
-                for kind in STATE_NAMES:
-                    self.host[name][kind].copy_(staged[name][kind], non_blocking=True)
+            for kind, chunk, view in _views(group, slot):
+                getattr(chunk, kind).copy_(view, non_blocking=True)
+        for chunk in group:
+            if self.hooks and chunk.stop == self.named[chunk.name].numel():
+                self.named[chunk.name].grad = None
 
-    def _on_stream(self) -> Any:
-        """The side stream, after everything that the main stream was given so far."""
-        if self.stream is None:
-            return host_memory()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self.stream)
+    def _apply(self, group: list[Chunk], slot: Tensor) -> None:
+        staged: dict[int, dict[str, Tensor]] = {}
+        for kind, chunk, view in _views(group, slot):
+            staged.setdefault(id(chunk), {"step": self._step_before(chunk)})[kind] = view
+        parameters = [_flat(self.named[chunk.name].detach())[chunk.start : chunk.stop] for chunk in group]
+        grads = [_flat(_like(self.named[chunk.name].grad, self.named[chunk.name]))[chunk.start : chunk.stop] for chunk in group]
+        _update(parameters, grads, [staged[id(chunk)] for chunk in group], self.recipe, self.lr)
+
+    def _step_before(self, chunk: Chunk) -> Tensor:
+        """The weight's step counter as AdamW is to find it; later chunks of a weight get a copy that is thrown away."""
+        return self.steps[chunk.name] if chunk.start == 0 else self.steps[chunk.name] - 1
+
+    def _gathered(self, name: str, kind: str) -> Tensor:
+        parameter = self.named[name]
+        with host_memory():
+            whole = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype)
+            for chunk in self.chunks[name]:
+                _flat(whole)[chunk.start : chunk.stop] = getattr(chunk, kind)
+        return whole
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return host_memory() if self.stream is None else torch.cuda.stream(self.stream)
 
 
-def _fresh_state(parameter: Tensor, device: Any = None, pinned: bool = False) -> dict[str, Tensor]:
+def staging_sizes(named: dict[str, Any]) -> list[int]:
+    """Elements of the staging buffers of the host placements: two of at most `STAGING_BYTES`, one for a tiny model."""
+    total = sum(2 * p.numel() for p in named.values())
+    size = STAGING_BYTES // 4
+    return [total] if total <= size else [size, size]
+
+
+def _chunks(named: Named, pinned: bool) -> dict[str, list[Chunk]]:
+    """The moments of every weight, carved out of host buffers of `ARENA_ELEMENTS`; pinned memory is handed out in powers of two."""
+    chunks: dict[str, list[Chunk]] = {}
+    arena, used = torch.empty(0), 0
+    for name, parameter in named.items():
+        chunks[name] = []
+        for start in range(0, parameter.numel(), CHUNK_ELEMENTS):
+            stop = min(start + CHUNK_ELEMENTS, parameter.numel())
+            if used + 2 * (stop - start) > arena.numel():
+                with host_memory():
+                    arena, used = torch.zeros(ARENA_ELEMENTS, pin_memory=pinned), 0
+            middle, end = used + stop - start, used + 2 * (stop - start)
+            chunks[name].append(Chunk(name, start, stop, arena[used:middle], arena[middle:end]))
+            used = end
+    return chunks
+
+
+def _groups(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Chunks in order, together as far as a staging buffer holds their moments."""
+    groups: list[list[Chunk]] = []
+    filled = STAGING_BYTES
+    for chunk in chunks:
+        if filled + 8 * chunk.size > STAGING_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(chunk)
+        filled += 8 * chunk.size
+    return groups
+
+
+def _views(group: list[Chunk], slot: Tensor) -> Iterator[tuple[str, Chunk, Tensor]]:
+    """(kind of moment, chunk, its place in the staging buffer)."""
+    offset = 0
+    for chunk in group:
+        for kind in STATE_NAMES:
+            yield kind, chunk, slot[offset : offset + chunk.size]
+            offset += chunk.size
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """All elements of a dense tensor in memory order."""
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _like(grad: Tensor | None, parameter: Tensor) -> Tensor:
+    """The gradient in the weight's layout."""
+    assert grad is not None
+    if grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
     """AdamW's state before the first step, in the layout of the weight."""
-    device = device or parameter.device
-    state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
     for kind in STATE_NAMES:
-        state[kind] = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device, pin_memory=pinned).zero_()
+        state[kind] = torch.zeros_like(parameter, requires_grad=False)
     return state
 
 
@@ -265,25 +380,16 @@ def _update(parameters: list[Any], grads: list[Any], states: list[dict[str, Tens
         )
 
 
-def _copy_state(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+def _check_names(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     if set(own) != set(given):
         odd = sorted(set(own) ^ set(given))
         raise LowmemError(f"The optimizer's state does not fit the model: {odd[0]} and {len(odd) - 1} more.")
+
+
+def _copy_state(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    _check_names(own, given)
     for name, tensor in own.items():
         tensor.copy_(given[name])
-
-
-def _groups(named: Named, limit_bytes: int) -> list[list[str]]:
-    """Weights in order, grouped so that both moments of a group fit into one staging buffer (or it is a single weight)."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, parameter in named.items():
-        if groups[-1] and filled + 2 * parameter.nbytes > limit_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += 2 * parameter.nbytes
-    return groups
 
 
 def _found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

@@ -19,7 +19,7 @@ from lowmem.planning.cost import OpCost
 from lowmem.planning.devices import DeviceSpec
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import KEEP_ALL, RECOMPUTE_ALL, BlockPolicy, Plan
-from lowmem.planning.timing import HIDDEN_COPY_COST, link_seconds, op_seconds, seconds
+from lowmem.planning.timing import hidden_copy_seconds, op_seconds, seconds
 from lowmem.planning.trace import BlockMoments, StepRecorder
 from lowmem.training.step import autocast
 
@@ -79,7 +79,7 @@ def block_options(network: FakeNetwork, path: str, moments: BlockMoments, plan: 
     if offload:
         host = _traced(network, path, moments, plan, BlockPolicy(host="all"))
         if host.host:
-            options.append(_option(BlockPolicy(host="all"), host, HIDDEN_COPY_COST * 2 * link_seconds(host.host, spec)))
+            options.append(_option(BlockPolicy(host="all"), host, hidden_copy_seconds(2 * host.host, spec)))
     return _pareto(options)
 
 
@@ -101,7 +101,7 @@ def _selective(subset: tuple[Keepable, ...], hosted: tuple[Keepable, ...], full:
         recompute="selective", keep=tuple(sorted(item.ordinal for item in subset)),
         host=tuple(sorted(item.ordinal for item in hosted)) if hosted else "none",
     )
-    extra_s = forward_s - sum(item.recompute_s for item in subset) + HIDDEN_COPY_COST * 2 * link_seconds(host, spec)
+    extra_s = forward_s - sum(item.recompute_s for item in subset) + hidden_copy_seconds(2 * host, spec)
     return Option(policy, full.kept + kept, full.forward_held + kept, full.forward_peak + kept + host, full.backward_peak - kept, host, extra_s)
 
 

@@ -13,7 +13,7 @@ from lowmem.errors import LowmemError
 Count = Annotated[int, Field(ge=1)]
 Bytes = Annotated[int, Field(ge=0)]
 Exactness = Literal["bitwise", "rounding", "statistical"]
-Placement = Literal["device", "backward", "host"]
+Placement = Literal["device", "backward", "host", "host_backward"]
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -23,10 +23,12 @@ from lowmem.recipe import Recipe
 from lowmem.sizes import GIB, MIB, format_size
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "rounding", "statistical")
-MAX_TRIES = 6
+MAX_TRIES = 4
+GOOD_ENOUGH = 0.04
+"""A plan that leaves this share of the limit unused is not improved further."""
 LEANER_FRAC = 0.93
 LARGEST_EVAL_BATCH = 128
-LINK_SHARE = 0.8
+LINK_SHARE = 0.9
 """How much of the forward pass copies to the host may fill; what would not fit would make the device wait."""
 DEFAULT_RAM_SHARE = 0.5
 IN_BACKWARD_S = 3e-4
@@ -172,40 +174,41 @@ def _micro_batches(planning: Planning) -> list[int]:
 
 
 def _best_of(planning: Planning, micro_batch: int, limit_bytes: int) -> Candidate | None:
-    """The cheapest plan at one micro-batch that fits as a whole."""
+    """The cheapest plan at one micro-batch that fits as a whole: placements in the order of what the program says they cost."""
     base = planning.base_plan(micro_batch)
     trace = planning.trace(base)
-    best: Candidate | None = None
+    drafts = []
     for placement in _placements(planning):
+        plan = base.model_copy(update={"optimizer": placement})
         problem = _problem(planning, base, trace, placement)
-        placement_s = _placement_seconds(planning, placement)
-        bound = best.step_s if best else float("inf")
-        candidate = _fitted(planning, base.model_copy(update={"optimizer": placement}), problem, limit_bytes, trace, bound - placement_s)
-        if candidate is not None:
-            best = candidate
-            if not candidate.plan.blocks:
-                break
+        solution = cheapest(problem, limit_bytes) or leanest(problem)
+        if solution is not None:
+            drafts.append((_step_seconds(planning, trace, plan, solution.extra_s), plan, problem, solution))
+    best: Candidate | None = None
+    for step_s, plan, problem, solution in sorted(drafts, key=lambda draft: (draft[3].peak_bytes > limit_bytes, draft[0])):
+        if best is None or step_s < best.step_s:
+            best = _fitted(planning, plan, problem, solution, limit_bytes, trace) or best
     return best
 
 
-def _fitted(planning: Planning, base: Plan, problem: Problem, limit_bytes: int, unconstrained: StepTrace, bound_s: float) -> Candidate | None:
-    """Solve, trace the answer as a whole, and tighten or relax the limit by what the program misjudged."""
-    target, best = limit_bytes, None
+def _fitted(planning: Planning, base: Plan, problem: Problem, solution: Solution | None, limit_bytes: int, unconstrained: StepTrace) -> Candidate | None:
+    """Trace the program's answer as a whole, and tighten or relax the limit by what the program misjudged."""
+    best: Candidate | None = None
     for _ in range(MAX_TRIES):
-        solution = cheapest(problem, target)
         if solution is None:
             break
         step_s = _step_seconds(planning, unconstrained, base, solution.extra_s)
-        if step_s >= min(bound_s, best.step_s if best else float("inf")):
+        if best is not None and step_s >= best.step_s:
             break
         plan = base.model_copy(update={"blocks": _policies(problem, solution)})
-        trace = planning.trace(plan) if not plan.blocks else trace_step(planning.network, plan, planning.recipe)
+        trace = trace_step(planning.network, plan, planning.recipe)
         misjudged = trace.peak_bytes - solution.peak_bytes
-        if trace.peak_bytes <= limit_bytes:
+        fits = trace.peak_bytes <= limit_bytes
+        if fits:
             best = Candidate(plan, trace, step_s)
-            if limit_bytes - trace.peak_bytes <= 0.02 * limit_bytes or misjudged >= 0:
+            if limit_bytes - trace.peak_bytes <= GOOD_ENOUGH * limit_bytes or misjudged >= 0:
                 break
-        target = limit_bytes - misjudged if trace.peak_bytes <= limit_bytes else min(target - 1, limit_bytes - misjudged) - MIB
+        solution = cheapest(problem, limit_bytes - misjudged - (0 if fits else MIB))
     return best
 
 
@@ -213,15 +216,20 @@ def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placem
     """The program's figures, with the optimizer's state and the gradients where the placement has them."""
     moved = optimizer_bytes(planning.named, placement) - optimizer_bytes(planning.named, "device")
     paths = usable_blocks(trace)
-    later = _later_gradients(planning, paths) if placement == "backward" else dict.fromkeys(paths, 0)
+    later = _later_gradients(planning, paths) if placement.endswith("backward") else dict.fromkeys(paths, 0)
     terms = [
         BlockTerm(path, options, trace.blocks[path].forward_start + moved, trace.blocks[path].backward_start + moved - later[path])
         for path, options in zip(paths, planning.block_options(base))
     ]
     forward_s = seconds(trace.ops, planning.spec) / 3
-    link_bytes = int(LINK_SHARE * forward_s / max(link_seconds(GIB, planning.spec), 1e-9) * GIB)
-    held = 0 if placement != "host" else sum(2 * p.nbytes for p in planning.named.values())
-    return Problem(terms, trace.elsewhere_forward_peak + moved, max(0, min(link_bytes, planning.ram_bytes - held)))
+    hidden_bytes = int(LINK_SHARE * forward_s * planning.spec.host_link)
+    host_limit = max(0, planning.ram_bytes - _host_state_bytes(planning, placement))
+    return Problem(terms, trace.elsewhere_forward_peak + moved, hidden_bytes, host_limit, 2 * link_seconds(1, planning.spec))
+
+
+def _host_state_bytes(planning: Planning, placement: Placement) -> int:
+    """AdamW's moments, where they live in host memory."""
+    return sum(2 * p.nbytes for p in planning.named.values()) if placement.startswith("host") else 0
 
 
 def _later_gradients(planning: Planning, paths: list[str]) -> dict[str, int]:
@@ -238,11 +246,11 @@ def _placements(planning: Planning) -> list[Placement]:
     """Cheapest first. In the backward pass only where no step needs all gradients at once, and only over whole batches."""
     everything_at_once = planning.recipe.optimizer.clip_norm is not None or planning.amp == "fp16"
     accumulates = planning.recipe.batch.num_atoms > 1
-    return ["device", "host"] if everything_at_once or accumulates else ["device", "backward", "host"]
+    return ["device", "host"] if everything_at_once or accumulates else ["device", "backward", "host_backward"]
 
 
 def _placement_seconds(planning: Planning, placement: Placement) -> float:
-    return IN_BACKWARD_S if placement == "backward" else 0.0
+    return IN_BACKWARD_S if placement.endswith("backward") else 0.0
 
 
 def _step_seconds(planning: Planning, trace: StepTrace, plan: Plan, extra_s: float) -> float:
@@ -261,7 +269,7 @@ def _policies(problem: Problem, solution: Solution) -> dict:
 def _finished(planning: Planning, candidate: Candidate, baseline_s: float, limit_bytes: int) -> Plan:
     """The plan with its evaluation batch, prediction and reasons."""
     steps = max(1, planning.num_train // planning.recipe.batch.size)
-    held = 0 if candidate.plan.optimizer != "host" else sum(2 * p.nbytes for p in planning.named.values())
+    held = _host_state_bytes(planning, candidate.plan.optimizer)
     prediction = Prediction(
         peak=candidate.trace.breakdown, host_bytes=candidate.trace.host_bytes + held, step_s=candidate.step_s,
         epoch_s=candidate.step_s * steps, baseline_step_s=baseline_s, time_source="roofline",

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 
 from lowmem.planning.options import Option
 from lowmem.sizes import MIB
 
-GAP = 1e-4
-TIME_LIMIT_S = 3.0
+GAP = 2e-3
+TIME_LIMIT_S = 2.0
 TIE_BREAK_S_PER_BYTE = 1e-15
 """Of two mixes that cost the same, the one that keeps less; a microsecond for a GiB."""
 
@@ -32,11 +32,14 @@ class BlockTerm:
 
 @dataclass(frozen=True)
 class Problem:
-    """Blocks in forward order; `head_peak` is the most between the last block's forward and backward pass."""
+    """Blocks in forward order; `head_peak` is the most between the last block's forward and backward pass. Of the bytes
+    sent to the host, `hidden_bytes` travel behind the kernels; each one beyond them costs `open_copy_s`, up to `host_limit`."""
 
     blocks: list[BlockTerm]
     head_peak: int
+    hidden_bytes: int
     host_limit: int
+    open_copy_s: float
 
 
 @dataclass(frozen=True)
@@ -50,56 +53,89 @@ class Solution:
 def cheapest(problem: Problem, limit_bytes: int) -> Solution | None:
     """The mix with the least added time whose every peak is within the limit; None where there is none."""
     system = _System(problem)
-    costs = np.array([option.extra_s + TIE_BREAK_S_PER_BYTE * option.kept for option in system.options] + [0.0])
-    return system.solve(costs, limit_bytes)
+    costs = [option.extra_s + TIE_BREAK_S_PER_BYTE * option.kept for option in system.options]
+    return system.solve(system.costs(costs, 0.0), limit_bytes)
 
 
 def leanest(problem: Problem) -> Solution | None:
     """The mix with the smallest peak, whatever it costs."""
     system = _System(problem)
-    costs = np.array([1e-3 * option.extra_s for option in system.options] + [1.0])
-    return system.solve(costs, None)
+    return system.solve(system.costs([1e-3 * option.extra_s for option in system.options], 1.0), None)
 
 
 class _System:
-    """Variables: an option each, in order of the blocks, and the peak in MiB."""
+    """Variables: an option each, in order of the blocks; then the peak in MiB, and the MiB sent to the host beyond what hides."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.options = [option for block in problem.blocks for option in block.options]
         self.starts = np.cumsum([0] + [len(block.options) for block in problem.blocks])
         self.peaks, self.constants = self._peak_rows()
+        self.constraints = self._constraints()
+
+    def costs(self, option_costs: list[float], peak_cost: float) -> np.ndarray:
+        return np.array([*option_costs, peak_cost, self.problem.open_copy_s * MIB])
 
     def solve(self, costs: np.ndarray, limit_bytes: int | None) -> Solution | None:
+        """Relaxed first; then in whole numbers, among the options that the relaxation uses for blocks of the same kind."""
         if not self.problem.blocks:
             fits = limit_bytes is None or self.problem.head_peak <= limit_bytes
             return Solution([], self.problem.head_peak, 0.0) if fits else None
-        num = len(self.options)
-        most = np.inf if limit_bytes is None else limit_bytes / MIB
-        found = milp(
-            costs, constraints=self._constraints(), integrality=np.array([1] * num + [0]),
-            bounds=Bounds(np.zeros(num + 1), np.array([1.0] * num + [most])),
-            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
-        )
-        if found.x is None:
+        upper = np.ones(len(costs))
+        upper[-2:] = np.inf if limit_bytes is None else limit_bytes / MIB, self.problem.host_limit / MIB
+        relaxed = self._run(costs, upper, whole=False)
+        if relaxed is None:
             return None
+        found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), whole=True)
+        if found is None:
+            found = self._run(costs, upper, whole=True)
+        return None if found is None else self._solution(found)
+
+    def _run(self, costs: np.ndarray, upper: np.ndarray, whole: bool) -> np.ndarray | None:
+        num = len(self.options)
+        found = milp(
+            costs, constraints=self.constraints, bounds=Bounds(np.zeros(num + 2), upper),
+            integrality=np.array([int(whole)] * num + [0, 0]), options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
+        )
+        return found.x
+
+    def _support(self, relaxed: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        """1 for options worth trying: used somewhere among the blocks of a kind, or the first and the leanest of a block."""
+        used: dict[int, set[int]] = {}
+        for block, start in zip(self.problem.blocks, self.starts):
+            numbers = {n for n in range(len(block.options)) if relaxed[start + n] > 1e-6}
+            used.setdefault(id(block.options), set()).update(numbers)
+        allowed = upper.copy()
+        for block, start in zip(self.problem.blocks, self.starts):
+            leanest_number = min(range(len(block.options)), key=lambda n: block.options[n].kept)
+            wanted = used[id(block.options)] | {0, leanest_number}
+            allowed[start : start + len(block.options)] = [float(n in wanted) for n in range(len(block.options))]
+        return allowed
+
+    def _solution(self, x: np.ndarray) -> Solution:
         chosen = [
-            block.options[int(np.argmax(found.x[start : start + len(block.options)]))]
+            block.options[int(np.argmax(x[start : start + len(block.options)]))]
             for block, start in zip(self.problem.blocks, self.starts)
         ]
-        return Solution(chosen, int(self._peak(chosen)), sum(option.extra_s for option in chosen))
+        open_bytes = max(0, sum(option.host for option in chosen) - self.problem.hidden_bytes)
+        extra_s = sum(option.extra_s for option in chosen) + open_bytes * self.problem.open_copy_s
+        return Solution(chosen, int(self._peak(chosen)), extra_s)
 
     def _constraints(self) -> list[LinearConstraint]:
         num = len(self.options)
-        one_each = np.zeros((len(self.problem.blocks), num + 1))
+        one_each = np.zeros((len(self.problem.blocks), num + 2))
         for row, (start, stop) in enumerate(zip(self.starts, self.starts[1:])):
             one_each[row, start:stop] = 1
-        below_peak = np.hstack([self.peaks, -np.ones((len(self.peaks), 1))])
-        host = np.array([[option.host / MIB for option in self.options] + [0.0]])
+        columns = np.zeros((len(self.peaks), 2))
+        columns[:, 0] = -1
+        below_peak = np.hstack([self.peaks, columns])
+        to_host = [option.host / MIB for option in self.options]
+        hosted = np.array([[*to_host, 0.0, -1.0], [*to_host, 0.0, 0.0]])
+        most = np.array([self.problem.hidden_bytes, self.problem.host_limit]) / MIB
         return [
             LinearConstraint(csr_array(one_each), 1, 1),
-            LinearConstraint(vstack([csr_array(below_peak)]), -np.inf, -self.constants),
-            LinearConstraint(csr_array(host), -np.inf, self.problem.host_limit / MIB),
+            LinearConstraint(csr_array(below_peak), -np.inf, -self.constants),
+            LinearConstraint(csr_array(hosted), -np.inf, most),
         ]
 
     def _peak_rows(self) -> tuple[np.ndarray, np.ndarray]:

@@ -16,9 +16,6 @@ COMPUTE_EFFICIENCY = 0.60
 GROUPED_EFFICIENCY = 0.30
 BANDWIDTH_EFFICIENCY = 0.80
 LAUNCH_S = {"cuda": 6e-6, "cpu": 4e-6}
-LINK_EFFICIENCY = 0.85
-HIDDEN_COPY_COST = 0.05
-"""Share of a copy's time that shows in the step even where it is hidden: it takes memory bandwidth from the kernels."""
 
 
 def op_seconds(op: OpCost, spec: DeviceSpec) -> float:
@@ -35,12 +32,21 @@ def seconds(ops: Iterable[OpCost], spec: DeviceSpec) -> float:
 
 def link_seconds(num_bytes: int, spec: DeviceSpec) -> float:
     """One way between host and device."""
-    return num_bytes / (LINK_EFFICIENCY * spec.host_link)
+    return num_bytes / spec.host_link
+
+
+def hidden_copy_seconds(num_bytes: int, spec: DeviceSpec) -> float:
+    """What a copy behind the kernels costs them: the memory bandwidth that it takes."""
+    return num_bytes / spec.bandwidth
 
 
 def optimizer_seconds(num_parameters: int, placement: str, spec: DeviceSpec) -> float:
-    """AdamW reads weight, gradient and two moments and writes three of them, 28 bytes a weight; `host` also moves the moments."""
+    """AdamW reads weight, gradient and two moments and writes three of them, 28 bytes a weight.
+
+    `host` also moves the moments both ways, in the open; `host_backward` does so behind the backward pass.
+    """
     update_s = 28 * num_parameters / (BANDWIDTH_EFFICIENCY * spec.bandwidth)
+    moved_bytes = 16 * num_parameters
     if placement == "host":
-        return update_s + 2 * link_seconds(8 * num_parameters, spec)
-    return update_s
+        return update_s + link_seconds(moved_bytes, spec)
+    return update_s + (hidden_copy_seconds(moved_bytes, spec) if placement == "host_backward" else 0.0)

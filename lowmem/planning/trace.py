@@ -18,7 +18,7 @@ from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
 from lowmem.memory.meter import MemoryMeter, host_memory
-from lowmem.memory.optimizer import STAGING_BYTES, _groups
+from lowmem.memory.optimizer import staging_sizes
 from lowmem.planning.cost import OpCost, op_cost
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import MemoryBreakdown, Placement, Plan
@@ -97,18 +97,16 @@ class TracedOptimizer:
         item = self.meter.timeline.live_now.get(parameter.grad.untyped_storage()._cdata)
         if item is not None:
             item.label = "gradients"
-        if self.placement == "backward" and self.armed:
+        if self.placement.endswith("backward") and self.armed:
             parameter.grad = None
 
 
 def optimizer_bytes(named: dict[str, Any], placement: Placement) -> int:
     """What a placement of AdamW takes up on the device."""
     num_steps = 4 * len(named)
-    if placement != "host":
+    if not placement.startswith("host"):
         return num_steps + sum(2 * p.nbytes for p in named.values())
-    groups = _groups(named, STAGING_BYTES)
-    widest = max(sum(2 * named[name].nbytes for name in group) for group in groups)
-    return num_steps + widest * min(2, len(groups))
+    return num_steps + 4 * sum(staging_sizes(named))
 
 
 def trace_step(network: FakeNetwork, plan: Plan, recipe: Recipe) -> StepTrace:

@@ -48,6 +48,7 @@ def _figure(columns: int, width: float = WIDTH_IN, height: float = HEIGHT_IN) ->
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
     return figure, axes
 
 
@@ -113,7 +114,7 @@ def _resources(history: list[EpochRow], budget_bytes: int | None, predicted_byte
     for label, values, colour in parts:
         seconds.bar(epochs, values, bottom=bottom, color=colour, label=label, width=0.8)
         bottom += np.array(values)
-    seconds.set_ylim(0, max(bottom.max() * 1.25, 1e-9))
+    seconds.set_ylim(0, max(bottom.max() * 1.5, 1e-9))
     _memory(memory, history, budget_bytes, predicted_bytes)
     for ax, title in ((seconds, "Seconds per epoch"), (memory, "Peak memory on the device")):
         _epoch_axis(ax, title)

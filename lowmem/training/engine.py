@@ -58,7 +58,7 @@ class Engine:
             problem = str(error).splitlines()[0]
         # Past the handler, so that no traceback holds the tensors of the failed step.
         self._take_back()
-        raise OutOfBudgetError(problem, rolled_back=self.plan.optimizer != "backward")
+        raise OutOfBudgetError(problem, rolled_back=not self.plan.optimizer.endswith("backward"))
 
     def training_mode(self) -> None:
         self.model.train()

@@ -57,7 +57,7 @@ class TrainStep:
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.objective, self.optimizer, self.policies = objective, optimizer, policies
-        if plan.optimizer == "backward" and plan.amp_dtype == "fp16":
+        if plan.optimizer.endswith("backward") and plan.amp_dtype == "fp16":
             raise LowmemError("The optimizer cannot run in the backward pass with fp16, whose scaler needs all gradients at once.")
         self.scaler = torch.amp.GradScaler(torch.device(plan.device).type) if plan.amp_dtype == "fp16" else None
         self.statistics = AtomStatistics(model, recipe.batch.num_atoms)
