@@ -126,6 +126,18 @@ def labelled_images(root: Path, classes: tuple[str, ...]) -> Split:
     return _split(root, table, classes)
 
 
+def num_classes_and_images(root: Path, val_fraction: float) -> tuple[int, int]:
+    """Classes and training images of a data folder by its listing alone, without reading an image; raises LowmemError."""
+    if not root.is_dir():
+        raise LowmemError(f"--data {root}: there is no such folder.")
+    split = (root / "train").is_dir()
+    table = _scan_classes(root, root / "train" if split else root)
+    classes = _classes_of(root, {"train": table})
+    num_images = sum(len(names) for names in table.values())
+    held_out = 0 if split and (root / "val").is_dir() else round(val_fraction * num_images)
+    return len(classes), num_images - held_out
+
+
 def unlabelled_images(root: Path) -> Split:
     """Every image file in a folder and below it, in natural order; raises LowmemError where there is none."""
     if root.is_file():

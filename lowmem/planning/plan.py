@@ -133,6 +133,8 @@ class Plan(Frozen):
     """Images per forward pass."""
     blocks: dict[str, BlockPolicy] = {}
     """Policies by the block's path in the model; a block that is not named keeps everything."""
+    num_blocks: Annotated[int, Field(ge=0)] = 0
+    """How many blocks the model has."""
     optimizer: Placement = "device"
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     autocast_cache: bool = True

@@ -63,7 +63,7 @@ class Planning:
         exactness: Exactness = "bitwise" if not split else "statistical" if self.batchnorm else "rounding"
         return Plan(
             device="cpu", device_name=self.spec.name, amp_dtype=self.amp, micro_batch=micro_batch, autocast_cache=False,
-            exactness=exactness, budget=self.budget, loader=loader_plan(self.spec),
+            exactness=exactness, budget=self.budget, loader=loader_plan(self.spec), num_blocks=len(self.network.blocks),
         )
 
     def trace(self, plan: Plan) -> StepTrace:

@@ -1,0 +1,74 @@
+"""Time against memory: the plans of a recipe over many budgets, from the same traces."""
+
+from dataclasses import dataclass
+
+from lowmem.errors import LowmemError
+from lowmem.planning.budget import budget_for
+from lowmem.planning.devices import DeviceSpec
+from lowmem.planning.plan import Plan
+from lowmem.planning.planner import Planning, default_ram, plan_within, with_budget
+from lowmem.recipe import Recipe
+from lowmem.sizes import format_size
+
+
+@dataclass(frozen=True)
+class FrontierRow:
+    """One budget. Bytes and seconds are predictions; None where nothing fits."""
+
+    budget_bytes: int
+    tensor_bytes: int = 0
+    peak_bytes: int = 0
+    step_s: float | None = None
+    baseline_step_s: float | None = None
+    num_recomputed: int = 0
+    num_offloaded: int = 0
+    num_blocks: int = 0
+    host_bytes: int = 0
+    optimizer: str = ""
+    exactness: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        if self.step_s is None or not self.baseline_step_s:
+            return format_size(self.budget_bytes), "does not fit", "", "", "", "", "", ""
+        return (
+            format_size(self.budget_bytes), format_size(self.peak_bytes), f"{self.step_s:.3f}", f"{self.step_s / self.baseline_step_s - 1:+.1%}",
+            f"{self.num_recomputed} of {self.num_blocks}", format_size(self.host_bytes) if self.host_bytes else "-", self.optimizer, self.exactness,
+        )
+
+
+def frontier(recipe: Recipe, spec: DeviceSpec, device: str, budgets: list[int], *, num_classes: int, num_train: int, allow: str = "rounding") -> list[FrontierRow]:
+    """A row for each budget, largest first. A plan that serves a smaller budget at less cost serves the larger one too."""
+    planning: Planning | None = None
+    rows: list[tuple[int, int, Plan | None]] = []
+    for vram_bytes in sorted(budgets, reverse=True):
+        budget = budget_for(spec, vram_bytes, device)
+        if planning is None:
+            planning = Planning(recipe, spec, device, budget, num_classes, num_train, default_ram(), allow)
+        planning = with_budget(planning, spec, vram_bytes)
+        try:
+            plan = plan_within(planning, budget.tensor_bytes)
+        except LowmemError:
+            plan = None
+        rows.append((vram_bytes, budget.tensor_bytes, plan))
+    return [_row(vram, room, _cheapest(rows[number:])) for number, (vram, room, _) in enumerate(rows)]
+
+
+def _cheapest(rows: list[tuple[int, int, Plan | None]]) -> Plan | None:
+    """Of the plans for this budget and smaller ones, the quickest; of equals, the one for the largest budget."""
+    plans = [plan for _, _, plan in rows if plan is not None]
+    return min(plans, key=_step_s) if plans else None
+
+
+def _step_s(plan: Plan) -> float:
+    return plan.prediction.step_s if plan.prediction and plan.prediction.step_s else float("inf")
+
+
+def _row(vram_bytes: int, tensor_bytes: int, plan: Plan | None) -> FrontierRow:
+    if plan is None or plan.prediction is None:
+        return FrontierRow(vram_bytes, tensor_bytes)
+    policies = plan.blocks.values()
+    return FrontierRow(
+        vram_bytes, tensor_bytes, plan.prediction.peak.total, plan.prediction.step_s, plan.prediction.baseline_step_s,
+        sum(policy.recompute != "none" for policy in policies), sum(policy.offloads for policy in policies), plan.num_blocks,
+        plan.prediction.host_bytes, plan.optimizer, plan.exactness,
+    )
