@@ -74,8 +74,13 @@ def main() -> int:
     prepare_allocator()
     deadline = time.monotonic() + 60 * chosen.minutes
     report: dict[str, Any] = {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]), "machine": this_machine().model_dump(),
-        "cudnn": torch.backends.cudnn.version(), "rounds": TIMED_ROUNDS, "steps_per_round": STEPS_PER_ROUND, "rows": [], "sameness": [],
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "machine": this_machine().model_dump(),
+        "cudnn": torch.backends.cudnn.version(),
+        "rounds": TIMED_ROUNDS,
+        "steps_per_round": STEPS_PER_ROUND,
+        "rows": [],
+        "sameness": [],
     }
     if not chosen.skip_tests:
         report["tests"] = run_tests()
@@ -108,7 +113,14 @@ def measured(recipe: Recipe, budget_gib: float) -> Row:
     row = Row(recipe.model.name, recipe.data.train_px, budget_gib)
     device = torch.device("cuda:0")
     try:
-        plan = make_plan(recipe, device_spec(device), str(device), int(budget_gib * GIB), num_classes=NUM_CLASSES, num_train=NUM_TRAIN)
+        plan = make_plan(
+            recipe,
+            device_spec(device),
+            str(device),
+            int(budget_gib * GIB),
+            num_classes=NUM_CLASSES,
+            num_train=NUM_TRAIN,
+        )
         describe(row, plan)
         row.event_s, row.wall_s = timed(recipe, plan, row)
         row.reference_event_s, _ = timed(recipe, reference_plan(plan, recipe).model_copy(update={"budget": None}), None)
@@ -129,7 +141,13 @@ def timed(recipe: Recipe, plan: Plan, row: Row | None) -> tuple[list[float], lis
     """Seconds per step by CUDA events and by the wall clock, a figure per round; memory goes into `row`."""
     model, _ = initialised_model(recipe.model, NUM_CLASSES, recipe.seed)
     engine = Engine(model, recipe, plan, torch.ones(NUM_CLASSES, dtype=torch.int64))
-    device_input = DeviceInput(Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), engine.device, plan.memory_format, recipe.mixup, recipe.seed)
+    device_input = DeviceInput(
+        Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        engine.device,
+        plan.memory_format,
+        recipe.mixup,
+        recipe.seed,
+    )
     batches = random_batches(recipe, NUM_CLASSES, 2)
     try:
         for step in range(WARMUP_STEPS):
@@ -142,13 +160,18 @@ def timed(recipe: Recipe, plan: Plan, row: Row | None) -> tuple[list[float], lis
             began = time.perf_counter()
             start.record()
             for step in range(STEPS_PER_ROUND):
-                engine.train_step(batches[step % 2], device_input, 2, round_number * STEPS_PER_ROUND + step, recipe.optimizer.lr)
+                engine.train_step(
+                    batches[step % 2], device_input, 2, round_number * STEPS_PER_ROUND + step, recipe.optimizer.lr
+                )
             end.record()
             torch.cuda.synchronize()
             wall_s.append((time.perf_counter() - began) / STEPS_PER_ROUND)
             event_s.append(start.elapsed_time(end) / 1000 / STEPS_PER_ROUND)
         if row is not None:
-            row.allocated_bytes, row.reserved_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            row.allocated_bytes, row.reserved_bytes = (
+                torch.cuda.max_memory_allocated(),
+                torch.cuda.max_memory_reserved(),
+            )
             row.process_bytes = process_bytes()
         return event_s, wall_s
     finally:
@@ -176,10 +199,24 @@ def process_bytes() -> int | None:
 def sameness(recipe: Recipe, budget_gib: float) -> dict[str, Any]:
     device = torch.device("cuda:0")
     try:
-        plan = make_plan(recipe, device_spec(device), str(device), int(budget_gib * GIB), num_classes=NUM_CLASSES, num_train=NUM_TRAIN)
+        plan = make_plan(
+            recipe,
+            device_spec(device),
+            str(device),
+            int(budget_gib * GIB),
+            num_classes=NUM_CLASSES,
+            num_train=NUM_TRAIN,
+        )
         found = verify(recipe, plan, NUM_CLASSES, steps=3)
-        return {"model": recipe.model.name, "budget_gib": budget_gib, "claim": plan.exactness, "holds": found.holds,
-                "differing": found.num_differing, "of": found.num_entries, "nondeterministic": list(found.warnings)}
+        return {
+            "model": recipe.model.name,
+            "budget_gib": budget_gib,
+            "claim": plan.exactness,
+            "holds": found.holds,
+            "differing": found.num_differing,
+            "of": found.num_entries,
+            "nondeterministic": list(found.warnings),
+        }
     except (LowmemError, RuntimeError) as error:
         return {"model": recipe.model.name, "budget_gib": budget_gib, "error": str(error).splitlines()[0]}
 
@@ -195,8 +232,10 @@ def print_summary(report: dict[str, Any]) -> None:
             print(f"{row['model']} {row['px']} px {row['budget_gib']}G: {row['error']}")
             continue
         gap = row["allocated_bytes"] / max(1, row["predicted_bytes"]) - 1
-        print(f"{row['model']} {row['px']} px {row['budget_gib']}G: allocated {format_size(row['allocated_bytes'])} (predicted {gap:+.1%}), "
-              f"reserved {row['reserved_bytes'] / MIB:.0f} MiB, step {median(row['event_s']) * 1000:.0f} ms, overhead {row['overhead']:+.1%}")
+        print(
+            f"{row['model']} {row['px']} px {row['budget_gib']}G: allocated {format_size(row['allocated_bytes'])} (predicted {gap:+.1%}), "
+            f"reserved {row['reserved_bytes'] / MIB:.0f} MiB, step {median(row['event_s']) * 1000:.0f} ms, overhead {row['overhead']:+.1%}"
+        )
     for row in report["sameness"]:
         print(f"same classifier, {row['model']} {row['budget_gib']}G: {row.get('error') or row['holds']}")
 

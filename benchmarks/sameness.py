@@ -37,14 +37,40 @@ from lowmem.training.model import initialised_model
 from lowmem.verification import random_batches, same_bits
 
 MODELS: dict[str, dict[str, Any]] = {
-    "resnet10t": {"drop_path": 0.1}, "seresnext26d_32x4d": {"dropout": 0.2}, "test_efficientnet_evos": {}, "res2net50d": {},
-    "test_byobnet": {}, "test_nfnet": {"drop_path": 0.2}, "mobilenetv3_small_050": {"dropout": 0.2}, "mixnet_s": {"drop_path": 0.1},
-    "test_efficientnet": {"drop_path": 0.2, "dropout": 0.2}, "efficientnet_lite0": {"drop_path": 0.2}, "tinynet_e": {}, "lcnet_050": {},
-    "ghostnet_050": {}, "regnetx_002": {}, "regnety_002": {"drop_path": 0.2}, "densenet121": {}, "dla46_c": {}, "repvgg_a0": {},
-    "hrnet_w18_small": {}, "rexnet_100": {"drop_path": 0.2}, "ese_vovnet19b_dw": {}, "cs3darknet_focus_s": {"drop_path": 0.2},
-    "mobileone_s0": {}, "starnet_s1": {"drop_path": 0.2}, "convnext_atto": {"drop_path": 0.2, "dropout": 0.2}, "edgenext_xx_small": {},
-    "test_vit": {"drop_path": 0.2, "dropout": 0.2}, "xcit_nano_12_p16_224": {}, "pvt_v2_b0": {"drop_path": 0.2}, "poolformer_s12": {},
-    "mobilevit_xxs": {}, "efficientvit_b0": {}, "fastvit_t8": {"drop_path": 0.1}, "test_mambaout": {"drop_path": 0.2},
+    "resnet10t": {"drop_path": 0.1},
+    "seresnext26d_32x4d": {"dropout": 0.2},
+    "test_efficientnet_evos": {},
+    "res2net50d": {},
+    "test_byobnet": {},
+    "test_nfnet": {"drop_path": 0.2},
+    "mobilenetv3_small_050": {"dropout": 0.2},
+    "mixnet_s": {"drop_path": 0.1},
+    "test_efficientnet": {"drop_path": 0.2, "dropout": 0.2},
+    "efficientnet_lite0": {"drop_path": 0.2},
+    "tinynet_e": {},
+    "lcnet_050": {},
+    "ghostnet_050": {},
+    "regnetx_002": {},
+    "regnety_002": {"drop_path": 0.2},
+    "densenet121": {},
+    "dla46_c": {},
+    "repvgg_a0": {},
+    "hrnet_w18_small": {},
+    "rexnet_100": {"drop_path": 0.2},
+    "ese_vovnet19b_dw": {},
+    "cs3darknet_focus_s": {"drop_path": 0.2},
+    "mobileone_s0": {},
+    "starnet_s1": {"drop_path": 0.2},
+    "convnext_atto": {"drop_path": 0.2, "dropout": 0.2},
+    "edgenext_xx_small": {},
+    "test_vit": {"drop_path": 0.2, "dropout": 0.2},
+    "xcit_nano_12_p16_224": {},
+    "pvt_v2_b0": {"drop_path": 0.2},
+    "poolformer_s12": {},
+    "mobilevit_xxs": {},
+    "efficientvit_b0": {},
+    "fastvit_t8": {"drop_path": 0.1},
+    "test_mambaout": {"drop_path": 0.2},
 }
 VARIANTS: dict[str, tuple[str, str]] = {
     "selective": ("selective", "device"),
@@ -72,7 +98,11 @@ def main() -> None:
     if options.device != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
     started = time.perf_counter()
-    rows = [measure(name, amp, options.device) for index, name in enumerate(options.only) for amp in (("fp32", "bf16")[index % 2],)]
+    rows = [
+        measure(name, amp, options.device)
+        for index, name in enumerate(options.only)
+        for amp in (("fp32", "bf16")[index % 2],)
+    ]
     result = summary(rows, options.device) | {"wall_s": round(time.perf_counter() - started, 1), "models": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "models"}, indent=1))
@@ -86,8 +116,12 @@ def summary(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
     return {
         "command": "python " + " ".join(sys.argv),
         "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else f"cpu, {torch.get_num_threads()} thread(s)",
-        "px": PX, "batch": BATCH, "steps": STEPS,
+        "device": torch.cuda.get_device_name(device)
+        if device != "cpu"
+        else f"cpu, {torch.get_num_threads()} thread(s)",
+        "px": PX,
+        "batch": BATCH,
+        "steps": STEPS,
         "num_models": len(rows),
         "num_runs": sum(len(row["variants"]) for row in rows),
         "entries_compared": sum(variant["num_entries"] for row in rows for variant in row["variants"].values()),
@@ -102,8 +136,11 @@ def measure(name: str, amp: str, device: str) -> dict[str, Any]:
     """All variants of one model."""
     started = time.perf_counter()
     recipe = Recipe(
-        model=ModelRecipe(name=name, weights="none", **MODELS[name]), data=DataRecipe(train_px=PX),
-        batch=BatchRecipe(size=BATCH), optimizer=OptimizerRecipe(lr=1e-3), amp=amp,
+        model=ModelRecipe(name=name, weights="none", **MODELS[name]),
+        data=DataRecipe(train_px=PX),
+        batch=BatchRecipe(size=BATCH),
+        optimizer=OptimizerRecipe(lr=1e-3),
+        amp=amp,
     )
     plan = Plan(device=device, device_name=device, amp_dtype=amp, micro_batch=BATCH, cudnn_benchmark=False)
     batches = random_batches(recipe, NUM_CLASSES, STEPS)
@@ -114,27 +151,39 @@ def measure(name: str, amp: str, device: str) -> dict[str, Any]:
         blocks = policies(facts, kind)
         state, host_bytes = trained(recipe, plan.model_copy(update={"blocks": blocks, "optimizer": placement}), batches)
         variants[variant] = {
-            "num_entries": len(state), "num_differing": num_differing(reference, state),
-            "blocks": len(blocks), "offloaded_bytes": host_bytes,
+            "num_entries": len(state),
+            "num_differing": num_differing(reference, state),
+            "blocks": len(blocks),
+            "offloaded_bytes": host_bytes,
         }
     control = negative_control(recipe, plan, batches, reference)
     model, _ = initialised_model(recipe.model, NUM_CLASSES, 0)
     row = {
-        "model": name, "amp": amp, **MODELS[name], "variants": variants,
-        "blocks": len(facts), "blocks_that_change_their_input": sum(not fact.recomputable for fact in facts.values()),
+        "model": name,
+        "amp": amp,
+        **MODELS[name],
+        "variants": variants,
+        "blocks": len(facts),
+        "blocks_that_change_their_input": sum(not fact.recomputable for fact in facts.values()),
         "negative_control_differing": control,
         "negative_control_due": any(
             has_live_batchnorm(block.train()) or draws_random_numbers(block)
-            for path, block in find_blocks(model).items() if facts[path].recomputable
+            for path, block in find_blocks(model).items()
+            if facts[path].recomputable
         ),
         "wall_s": round(time.perf_counter() - started, 1),
     }
     wrong = {key: value["num_differing"] for key, value in variants.items() if value["num_differing"]}
-    print(f"{name:24} {amp} {len(facts):3} blocks, control {control:4}, {row['wall_s']:5} s  {wrong or 'same'}", flush=True)
+    print(
+        f"{name:24} {amp} {len(facts):3} blocks, control {control:4}, {row['wall_s']:5} s  {wrong or 'same'}",
+        flush=True,
+    )
     return row
 
 
-def trained(recipe: Recipe, plan: Plan, batches: list[HostBatch], change: Callable[[nn.Module], None] | None = None) -> tuple[State, int]:
+def trained(
+    recipe: Recipe, plan: Plan, batches: list[HostBatch], change: Callable[[nn.Module], None] | None = None
+) -> tuple[State, int]:
     """Weights, statistics and optimizer state after the batches, and the host memory that the offload took."""
     model, _ = initialised_model(recipe.model, NUM_CLASSES, recipe.seed)
     engine = Engine(model, recipe, plan, torch.ones(NUM_CLASSES, dtype=torch.int64))
@@ -227,7 +276,10 @@ def policies(facts: dict[str, BlockFacts], kind: str) -> dict[str, BlockPolicy]:
         return dict.fromkeys(usable, BlockPolicy(recompute="full"))
     every = 2 if kind == "dropped" else 1
     host = "all" if kind == "selective_offload" else "none"
-    return {path: BlockPolicy(recompute="selective", keep=fact.keepable[::every], host=host) for path, fact in usable.items()}
+    return {
+        path: BlockPolicy(recompute="selective", keep=fact.keepable[::every], host=host)
+        for path, fact in usable.items()
+    }
 
 
 if __name__ == "__main__":

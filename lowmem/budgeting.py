@@ -46,8 +46,16 @@ class PlanRequest:
 def show_plan(request: PlanRequest, out: Path | None, console: Console) -> Plan:
     """Print the plan, and save it where `out` is given."""
     recipe, spec, device, classes, images = _settled(request)
-    plan = make_plan(recipe, spec, device, parse_size(request.vram), ram_bytes=parse_size(request.ram) if request.ram else None,
-                     num_classes=classes, num_train=images, allow=request.allow)
+    plan = make_plan(
+        recipe,
+        spec,
+        device,
+        parse_size(request.vram),
+        ram_bytes=parse_size(request.ram) if request.ram else None,
+        num_classes=classes,
+        num_train=images,
+        allow=request.allow,
+    )
     for line in plan_lines(plan):
         console.print(escape(line), highlight=False, soft_wrap=True)
     if out is not None:
@@ -61,29 +69,56 @@ def show_frontier(request: PlanRequest, out: Path | None, console: Console) -> l
     recipe, spec, device, classes, images = _settled(request)
     budgets = [int(gib * GIB) for gib in FRONTIER_GIB if spec.kind == "cpu" or gib * GIB <= 1.05 * spec.memory_bytes]
     rows = frontier(recipe, spec, device, budgets, num_classes=classes, num_train=images, allow=request.allow)
-    table = Table(title=f"{recipe.model.name}, batch {recipe.batch.size}, {recipe.data.train_px} px on {spec.name} (predicted)")
-    for head in ("budget", "peak of tensors", "s / step", "overhead", "recomputed", "on the host", "optimizer", "exactness"):
+    table = Table(
+        title=f"{recipe.model.name}, batch {recipe.batch.size}, {recipe.data.train_px} px on {spec.name} (predicted)"
+    )
+    for head in (
+        "budget",
+        "peak of tensors",
+        "s / step",
+        "overhead",
+        "recomputed",
+        "on the host",
+        "optimizer",
+        "exactness",
+    ):
         table.add_column(head, justify="right")
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "frontier.json").write_text(json.dumps([row.__dict__ for row in rows], indent=1) + "\n", encoding="utf-8")
+        (out / "frontier.json").write_text(
+            json.dumps([row.__dict__ for row in rows], indent=1) + "\n", encoding="utf-8"
+        )
         _draw(rows, spec, recipe, out)
         console.print(f"Saved: {out / 'frontier.json'}, frontier.png, frontier.svg", highlight=False)
     return rows
 
 
-def verify_plan(recipe_name: str, overrides: tuple[str, ...], vram: str, device: str, allow: str, steps: int, num_classes: int,
-                plan_file: Path | None, console: Console) -> bool:
+def verify_plan(
+    recipe_name: str,
+    overrides: tuple[str, ...],
+    vram: str,
+    device: str,
+    allow: str,
+    steps: int,
+    num_classes: int,
+    plan_file: Path | None,
+    console: Console,
+) -> bool:
     """Train the plan beside the unconstrained run and print how their states compare; returns whether the claim holds."""
     recipe = load_recipe(recipe_name, overrides)
     chosen = choose_device(device)
     spec = device_spec(chosen)
     recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
-    plan = load_plan(plan_file) if plan_file else make_plan(
-        recipe, spec, str(chosen), parse_size(vram), num_classes=num_classes, num_train=ASSUMED_IMAGES, allow=allow)
+    plan = (
+        load_plan(plan_file)
+        if plan_file
+        else make_plan(
+            recipe, spec, str(chosen), parse_size(vram), num_classes=num_classes, num_train=ASSUMED_IMAGES, allow=allow
+        )
+    )
     for line in plan_lines(plan):
         console.print(escape(line), highlight=False, soft_wrap=True)
     comparison = verify(recipe, plan, num_classes, steps)
@@ -123,12 +158,19 @@ def _draw(rows: list[FrontierRow], spec: DeviceSpec, recipe: Recipe, out: Path) 
     fitting = [row for row in rows if row.step_s is not None]
     ax.plot([row.peak_bytes / GIB for row in fitting], [1000 * row.step_s for row in fitting], "o-", color="#0072B2")
     for row in fitting:
-        ax.annotate(format_size(row.budget_bytes).replace(".00", ""), (row.peak_bytes / GIB, 1000 * row.step_s), textcoords="offset points",
-                    xytext=(6, 5), fontsize=8)
+        ax.annotate(
+            format_size(row.budget_bytes).replace(".00", ""),
+            (row.peak_bytes / GIB, 1000 * row.step_s),
+            textcoords="offset points",
+            xytext=(6, 5),
+            fontsize=8,
+        )
     ax.set_xlabel("predicted peak of tensors, GiB (labels: the budget)")
     ax.set_ylabel("predicted ms per step")
     ax.set_ylim(bottom=0)
-    ax.set_title(f"{recipe.model.name}, batch {recipe.batch.size} at {recipe.data.train_px} px on {spec.name}", fontsize=11)
+    ax.set_title(
+        f"{recipe.model.name}, batch {recipe.batch.size} at {recipe.data.train_px} px on {spec.name}", fontsize=11
+    )
     ax.grid(True, alpha=0.25)
     for suffix in (".png", ".svg"):
         figure.savefig(out / f"frontier{suffix}", dpi=110)

@@ -22,13 +22,23 @@ app = typer.Typer(
 DEBUG = {"on": False}
 
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name, or a TOML file.")]
-Data = Annotated[Optional[Path], typer.Option("--data", help="Folder with train/ and val/, or one folder of class folders. Without it: the embedded images.")]
+Data = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--data", help="Folder with train/ and val/, or one folder of class folders. Without it: the embedded images."
+    ),
+]
 Vram = Annotated[str, typer.Option("--vram", help="Memory that training may use on the device, e.g. 8G.")]
 Ram = Annotated[Optional[str], typer.Option("--ram", help="Host memory that loading and offloading may use, e.g. 16G.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Set = Annotated[Optional[list[str]], typer.Option("--set", help="Override a field of the recipe: --set optimizer.lr=1e-4. Repeatable.")]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", help="Override a field of the recipe: --set optimizer.lr=1e-4. Repeatable."),
+]
 Weights = Annotated[Optional[Path], typer.Option("--weights", help="Initial weights: a safetensors or .pth file.")]
-Allow = Annotated[str, typer.Option("--allow", help="How far a plan may go: bitwise, rounding or statistical (another classifier).")]
+Allow = Annotated[
+    str, typer.Option("--allow", help="How far a plan may go: bitwise, rounding or statistical (another classifier).")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 
 
@@ -49,13 +59,25 @@ def train(
     weights: Weights = None,
     plan: Annotated[Optional[Path], typer.Option("--plan", help="Follow this plan.json instead of planning.")] = None,
     allow: Allow = "rounding",
-    checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="Besides each epoch's end: 10m, 600s or 500-steps.")] = "10m",
+    checkpoint_every: Annotated[
+        str, typer.Option("--checkpoint-every", help="Besides each epoch's end: 10m, 600s or 500-steps.")
+    ] = "10m",
 ) -> None:
     """Train a recipe on your images within a memory budget."""
     from lowmem.training.start import TrainRequest, train_new_run
 
-    request = TrainRequest(recipe=recipe, data=data, vram=vram, ram=ram, device=device, out=out, overrides=_overrides(set_, weights),
-                           plan_file=plan, allow=allow, checkpoint_every=checkpoint_every)
+    request = TrainRequest(
+        recipe=recipe,
+        data=data,
+        vram=vram,
+        ram=ram,
+        device=device,
+        out=out,
+        overrides=_overrides(set_, weights),
+        plan_file=plan,
+        allow=allow,
+        checkpoint_every=checkpoint_every,
+    )
     raise typer.Exit(train_new_run(request))
 
 
@@ -65,13 +87,25 @@ def plan(
     data: Data = None,
     vram: Vram = "8G",
     ram: Ram = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda:N, or a card by name: 'RTX 4060 laptop', T4, H100, ...")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda:N, or a card by name: 'RTX 4060 laptop', T4, H100, ...")
+    ] = "auto",
     set_: Set = None,
     allow: Allow = "rounding",
-    classes: Annotated[Optional[int], typer.Option("--classes", min=2, help="Number of classes, where there is no --data. Default: 100.")] = None,
-    images: Annotated[Optional[int], typer.Option("--images", min=1, help="Training images, where there is no --data. Default: 20700.")] = None,
-    frontier: Annotated[bool, typer.Option("--frontier", help="Time and memory over budgets, as a table (and with --out as a figure).")] = False,
-    out: Annotated[Optional[Path], typer.Option("--out", help="Save the plan to this file, or the frontier to this folder.")] = None,
+    classes: Annotated[
+        Optional[int],
+        typer.Option("--classes", min=2, help="Number of classes, where there is no --data. Default: 100."),
+    ] = None,
+    images: Annotated[
+        Optional[int],
+        typer.Option("--images", min=1, help="Training images, where there is no --data. Default: 20700."),
+    ] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Time and memory over budgets, as a table (and with --out as a figure).")
+    ] = False,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="Save the plan to this file, or the frontier to this folder.")
+    ] = None,
 ) -> None:
     """Show how a recipe would be trained in a budget; no GPU is needed."""
     from lowmem.budgeting import PlanRequest, show_frontier, show_plan
@@ -104,23 +138,36 @@ def resume(
     vram: Annotated[Optional[str], typer.Option("--vram", help="Continue under a plan for this budget.")] = None,
     data: Data = None,
     set_: Set = None,
-    checkpoint_every: Annotated[str, typer.Option("--checkpoint-every", help="Besides each epoch's end: 10m, 600s or 500-steps.")] = "10m",
+    checkpoint_every: Annotated[
+        str, typer.Option("--checkpoint-every", help="Besides each epoch's end: 10m, 600s or 500-steps.")
+    ] = "10m",
 ) -> None:
     """Continue a run that was stopped, killed or has crashed, to the same classifier."""
     from lowmem.training.start import resume_run
 
-    raise typer.Exit(resume_run(run, vram=vram, data=data, overrides=tuple(set_ or ()), checkpoint_every=checkpoint_every))
+    raise typer.Exit(
+        resume_run(run, vram=vram, data=data, overrides=tuple(set_ or ()), checkpoint_every=checkpoint_every)
+    )
 
 
 @app.command()
 def predict(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN... IMAGES", help="Run or classifier folders, then a folder of images or an image.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN... IMAGES",
+            help="Run or classifier folders, then a folder of images or an image.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = Path("predictions.csv"),
     top: Annotated[int, typer.Option("--top", min=1, help="Labels per image.")] = 1,
     vram: Vram = "8G",
     device: Device = "auto",
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
-    px: Annotated[Optional[int], typer.Option("--px", min=16, help="Image size. Default: the classifier's test size.")] = None,
+    px: Annotated[
+        Optional[int], typer.Option("--px", min=16, help="Image size. Default: the classifier's test size.")
+    ] = None,
 ) -> None:
     """Label images; several runs average their probabilities."""
     from lowmem.inference import predict_to_csv
@@ -129,9 +176,13 @@ def predict(
 
 
 @app.command()
-def evaluate(run: RunArgument, data: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of class folders.", show_default=False)],
-             vram: Vram = "8G", device: Device = "auto",
-             px: Annotated[Optional[int], typer.Option("--px", help="Image size. Default: the classifier's test size.")] = None) -> None:
+def evaluate(
+    run: RunArgument,
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of class folders.", show_default=False)],
+    vram: Vram = "8G",
+    device: Device = "auto",
+    px: Annotated[Optional[int], typer.Option("--px", help="Image size. Default: the classifier's test size.")] = None,
+) -> None:
     """Accuracy, macro precision, recall, F1, loss and the confusion matrix on labelled images."""
     from lowmem.inference import evaluate_folder
 

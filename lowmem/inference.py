@@ -54,15 +54,22 @@ def open_classifier(path: Path, vram: str, device: str) -> Classifier:
     model, info = load_classifier(path)
     model = model.to(device=chosen, memory_format=torch.channels_last)
     plan = Plan(
-        device=str(chosen), device_name=device_spec(chosen).name, amp_dtype=settle_amp("auto", device_spec(chosen)), micro_batch=1,
-        eval_batch=LARGEST_BATCH, budget=Budget(total_bytes=parse_size(vram)), loader=LoaderPlan(pin_memory=chosen.type == "cuda"),
+        device=str(chosen),
+        device_name=device_spec(chosen).name,
+        amp_dtype=settle_amp("auto", device_spec(chosen)),
+        micro_batch=1,
+        eval_batch=LARGEST_BATCH,
+        budget=Budget(total_bytes=parse_size(vram)),
+        loader=LoaderPlan(pin_memory=chosen.type == "cuda"),
     )
     limit = enforce(chosen, plan.budget, lambda: [*model.parameters(), *model.buffers()])
     norm = Normalisation(info.mean, info.std)
     return Classifier(model, info, plan, DeviceInput(norm, chosen, plan.memory_format), limit.watch)
 
 
-def predict_to_csv(paths: list[Path], out: Path, top: int, vram: str, device: str, flip: bool, px: int | None, console: Console) -> None:
+def predict_to_csv(
+    paths: list[Path], out: Path, top: int, vram: str, device: str, flip: bool, px: int | None, console: Console
+) -> None:
     """Label the images at the last path with the classifiers at the others, and write a CSV."""
     if len(paths) < 2:
         raise LowmemError("lowmem predict needs a run and images: lowmem predict RUN IMAGES --out predictions.csv.")
@@ -76,7 +83,9 @@ def predict_to_csv(paths: list[Path], out: Path, top: int, vram: str, device: st
         probabilities_NK = probabilities(classifier, split, px or classifier.info.test_px, flip)
         totals_NK = probabilities_NK if totals_NK is None else totals_NK + probabilities_NK
     assert totals_NK is not None
-    predictions = [Prediction(name, classes, row) for name, row in zip(split.names(), (totals_NK / (len(paths) - 1)).numpy())]
+    predictions = [
+        Prediction(name, classes, row) for name, row in zip(split.names(), (totals_NK / (len(paths) - 1)).numpy())
+    ]
     write_predictions(out, predictions, [name for name, _ in unreadable], min(top, len(classes)))
     for name, reason in unreadable:
         console.print(f"[yellow]unreadable, no label:[/] {name}: {reason}", highlight=False)
@@ -91,7 +100,14 @@ def evaluate_folder(run: Path, data: Path, vram: str, device: str, px: int | Non
 
     def at(batch_size: int) -> Evaluation:
         with _loader(classifier, split, px, batch_size) as loader:
-            return evaluate(classifier.model, loader.batches(), classifier.device_input, classifier.plan, classifier.info.classes, px)
+            return evaluate(
+                classifier.model,
+                loader.batches(),
+                classifier.device_input,
+                classifier.plan,
+                classifier.info.classes,
+                px,
+            )
 
     evaluation = _fitting(classifier, at)
     _print_evaluation(evaluation, console)
@@ -155,21 +171,39 @@ def _readable(split: Split) -> tuple[Split, list[tuple[str, str]]]:
 
 
 def _subset(split: Split, wanted_N: np.ndarray) -> Split:
-    names: Iterator[bytes] = (split.name(int(index)).encode("utf-8", "surrogateescape") for index in np.flatnonzero(wanted_N))
+    names: Iterator[bytes] = (
+        split.name(int(index)).encode("utf-8", "surrogateescape") for index in np.flatnonzero(wanted_N)
+    )
     encoded = list(names)
     offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded])]).astype(np.int64)
-    return replace(split, packed_paths=np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets=offsets, labels=split.labels[wanted_N])
+    return replace(
+        split,
+        packed_paths=np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        offsets=offsets,
+        labels=split.labels[wanted_N],
+    )
 
 
 def _print_evaluation(evaluation: Evaluation, console: Console) -> None:
     table = Table(title=f"{evaluation.num_images} images at {evaluation.px} px", show_header=False)
-    rows = (("accuracy", evaluation.accuracy), ("top-5 accuracy", evaluation.top5), ("macro precision", evaluation.precision),
-            ("macro recall", evaluation.recall), ("macro F1", evaluation.f1), ("loss", evaluation.loss))
+    rows = (
+        ("accuracy", evaluation.accuracy),
+        ("top-5 accuracy", evaluation.top5),
+        ("macro precision", evaluation.precision),
+        ("macro recall", evaluation.recall),
+        ("macro F1", evaluation.f1),
+        ("loss", evaluation.loss),
+    )
     for name, value in rows:
         table.add_row(name, f"{value:.4f}")
     console.print(table)
     confused = sorted(
-        ((count, truth, guess) for truth, row in enumerate(evaluation.confusion) for guess, count in enumerate(row) if truth != guess and count),
+        (
+            (count, truth, guess)
+            for truth, row in enumerate(evaluation.confusion)
+            for guess, count in enumerate(row)
+            if truth != guess and count
+        ),
         reverse=True,
     )[:5]
     for count, truth, guess in confused:

@@ -73,7 +73,11 @@ def choose_device(text: str) -> torch.device:
     if kind != "cuda" or (index and not index.isdigit()):
         raise LowmemError(f"--device {text}: give auto, cpu, cuda or cuda:N.")
     if int(index or 0) >= num_cards:
-        seen = f"torch sees {num_cards} CUDA card{'s' if num_cards > 1 else ''}" if num_cards else "torch sees no CUDA card"
+        seen = (
+            f"torch sees {num_cards} CUDA card{'s' if num_cards > 1 else ''}"
+            if num_cards
+            else "torch sees no CUDA card"
+        )
         raise LowmemError(f"--device {text}: {seen}. Use --device {'cuda:0' if num_cards else 'cpu'}, or auto.")
     return torch.device("cuda", int(index or 0))
 
@@ -91,8 +95,15 @@ def _cards() -> tuple[Card, ...]:
     cards = []
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        cards.append(Card(index=index, name=facts.name, total_bytes=facts.total_memory,
-                          capability=(facts.major, facts.minor), driver=driver))
+        cards.append(
+            Card(
+                index=index,
+                name=facts.name,
+                total_bytes=facts.total_memory,
+                capability=(facts.major, facts.minor),
+                driver=driver,
+            )
+        )
     return tuple(cards)
 
 

@@ -66,7 +66,9 @@ class PlainProgress:
         if time.monotonic() - self.told < PLAIN_EVERY_S:
             return
         self.told = time.monotonic()
-        self._print(f"epoch {self.current}/{self.total_epochs} step {done}/{self.steps_per_epoch} {_step_facts(loss, lr, images_per_s, peak_bytes)}")
+        self._print(
+            f"epoch {self.current}/{self.total_epochs} step {done}/{self.steps_per_epoch} {_step_facts(loss, lr, images_per_s, peak_bytes)}"
+        )
 
     def epoch(self, row: EpochRow, best: bool) -> None:
         self.told = time.monotonic()
@@ -96,8 +98,14 @@ class LiveProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bars = RichProgress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[facts]}"), console=console, expand=True, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+            expand=True,
+            transient=True,
         )
         self.task: int | None = None
         self.total_epochs = self.steps_per_epoch = self.current = 0
@@ -116,7 +124,11 @@ class LiveProgress:
 
     def epoch(self, row: EpochRow, best: bool) -> None:
         style = "bold green" if best else ""
-        self.console.print(f"[{style}]{escape(_epoch_line(row, self.total_epochs, best))}[/]" if style else escape(_epoch_line(row, self.total_epochs, best)))
+        self.console.print(
+            f"[{style}]{escape(_epoch_line(row, self.total_epochs, best))}[/]"
+            if style
+            else escape(_epoch_line(row, self.total_epochs, best))
+        )
 
     def checking(self, done: int, total: int) -> None:
         if self.task is None:

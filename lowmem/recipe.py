@@ -181,7 +181,9 @@ def recipe_from_tree(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise LowmemError("\n".join([f"{source}: not a valid recipe."] + [_explain(item) for item in error.errors()])) from None
+        raise LowmemError(
+            "\n".join([f"{source}: not a valid recipe."] + [_explain(item) for item in error.errors()])
+        ) from None
 
 
 def with_overrides(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
@@ -226,7 +228,9 @@ def _find(name_or_path: str) -> Path:
     if not shipped.is_file():
         near = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise LowmemError(f"There is no recipe named {name_or_path!r}.{hint} Shipped recipes: {', '.join(recipe_names())}.")
+        raise LowmemError(
+            f"There is no recipe named {name_or_path!r}.{hint} Shipped recipes: {', '.join(recipe_names())}."
+        )
     return shipped
 
 

@@ -82,18 +82,26 @@ class Comparison:
     def lines(self) -> list[str]:
         """The comparison for the terminal."""
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        lines = [f"After {steps}: {self.num_differing} of {self.num_entries} tensors of the state differ from the unconstrained run."]
+        lines = [
+            f"After {steps}: {self.num_differing} of {self.num_entries} tensors of the state differ from the unconstrained run."
+        ]
         lines += [_kind_line(kind) for kind in self.kinds]
-        lines.append(f"  measured peak: unconstrained {format_size(self.reference_peak_bytes)}, plan {format_size(self.plan_peak_bytes)}")
+        lines.append(
+            f"  measured peak: unconstrained {format_size(self.reference_peak_bytes)}, plan {format_size(self.plan_peak_bytes)}"
+        )
         lines += [f"  torch has no deterministic kernel: {warning}" for warning in self.warnings]
         if not self.finite:
-            lines.append("  the unconstrained run itself is not finite: nothing is proved. A smaller optimizer.lr may help.")
+            lines.append(
+                "  the unconstrained run itself is not finite: nothing is proved. A smaller optimizer.lr may help."
+            )
         within = f" (within {self.tolerance:g} relative)" if self.claim == "rounding" else ""
         lines.append(f"The plan claims {self.claim}{within}: {'holds' if self.holds else 'DOES NOT HOLD'}.")
         return lines
 
 
-def verify(recipe: Recipe, plan: Plan, num_classes: int, steps: int = 3, batches: Sequence[HostBatch] | None = None) -> Comparison:
+def verify(
+    recipe: Recipe, plan: Plan, num_classes: int, steps: int = 3, batches: Sequence[HostBatch] | None = None
+) -> Comparison:
     """Train the unconstrained run and the plan from the same start and compare their states.
 
     `batches`: one per step, of the recipe's size; seeded random ones where absent. Raises LowmemError where either run does
@@ -103,8 +111,12 @@ def verify(recipe: Recipe, plan: Plan, num_classes: int, steps: int = 3, batches
     batches = random_batches(recipe, num_classes, steps) if batches is None else batches
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     with _deterministic() as seen:
-        reference, reference_peak = _trained(copy.deepcopy(model), recipe, reference_plan(plan, recipe), num_classes, batches)
-        state, plan_peak = _trained(model, recipe, plan.model_copy(update={"cudnn_benchmark": False}), num_classes, batches)
+        reference, reference_peak = _trained(
+            copy.deepcopy(model), recipe, reference_plan(plan, recipe), num_classes, batches
+        )
+        state, plan_peak = _trained(
+            model, recipe, plan.model_copy(update={"cudnn_benchmark": False}), num_classes, batches
+        )
     return Comparison(
         claim=plan.exactness,
         steps=len(batches),
@@ -113,13 +125,21 @@ def verify(recipe: Recipe, plan: Plan, num_classes: int, steps: int = 3, batches
         finite=all(bool(torch.isfinite(tensor).all()) for kind in reference.values() for tensor in kind.values()),
         reference_peak_bytes=reference_peak,
         plan_peak_bytes=plan_peak,
-        warnings=tuple(sorted({str(item.message).splitlines()[0][:120] for item in seen if "determinis" in str(item.message)})),
+        warnings=tuple(
+            sorted({str(item.message).splitlines()[0][:120] for item in seen if "determinis" in str(item.message)})
+        ),
     )
 
 
 def reference_plan(plan: Plan, recipe: Recipe) -> Plan:
     """The unconstrained run in the same arithmetic and layout."""
-    changes = {"blocks": {}, "optimizer": "device", "micro_batch": recipe.batch.atom, "budget": None, "cudnn_benchmark": False}
+    changes = {
+        "blocks": {},
+        "optimizer": "device",
+        "micro_batch": recipe.batch.atom,
+        "budget": None,
+        "cudnn_benchmark": False,
+    }
     return plan.model_copy(update=changes | {"autocast_cache": True, "exactness": "bitwise", "prediction": None})
 
 
@@ -133,11 +153,15 @@ def random_batches(recipe: Recipe, num_classes: int, steps: int) -> list[HostBat
         contrast_B = torch.randint(5, 120, (size, 1, 1, 1), generator=random)
         noise_BHWC = torch.randn((size, px, px, 3), generator=random)
         images_BHWC = (mean_B + contrast_B * noise_BHWC).clamp_(0, 255).to(torch.uint8)
-        batches.append(HostBatch(images_BHWC, torch.randint(num_classes, (size,), generator=random), torch.arange(size)))
+        batches.append(
+            HostBatch(images_BHWC, torch.randint(num_classes, (size,), generator=random), torch.arange(size))
+        )
     return batches
 
 
-def _trained(model: nn.Module, recipe: Recipe, plan: Plan, num_classes: int, batches: Sequence[HostBatch]) -> tuple[State, int]:
+def _trained(
+    model: nn.Module, recipe: Recipe, plan: Plan, num_classes: int, batches: Sequence[HostBatch]
+) -> tuple[State, int]:
     """The state after the batches, on the CPU, and the peak of training."""
     weights = {name for name, _ in model.named_parameters()}
     config = getattr(model, "pretrained_cfg", {})
@@ -156,13 +180,17 @@ def _trained(model: nn.Module, recipe: Recipe, plan: Plan, num_classes: int, bat
         }
     except OutOfBudgetError as error:
         which = "plan" if plan.budget else "unconstrained run, which must fit for a comparison,"
-        raise LowmemError(f"The {which} ran out of memory: {error}. Try a smaller model or --set batch.size=...") from None
+        raise LowmemError(
+            f"The {which} ran out of memory: {error}. Try a smaller model or --set batch.size=..."
+        ) from None
     finally:
         engine.close()
     return state, peak_bytes
 
 
-def _compare(kind: str, reference: dict[str, Tensor], state: dict[str, Tensor], start: dict[str, Tensor]) -> KindComparison:
+def _compare(
+    kind: str, reference: dict[str, Tensor], state: dict[str, Tensor], start: dict[str, Tensor]
+) -> KindComparison:
     num_differing, max_abs, difference_sq, scale_sq = 0, 0.0, 0.0, 0.0
     for name, expected in reference.items():
         is_count = name.startswith("step/") or not expected.is_floating_point()
@@ -198,7 +226,10 @@ def _kind_line(kind: KindComparison) -> str:
 @contextmanager
 def _deterministic() -> Iterator[list[warnings.WarningMessage]]:
     """Context: deterministic kernels where torch has them; gives the warnings about those that it has not."""
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -23,23 +23,35 @@ def test_the_best_run_is_expressed_in_full():
 
 
 def test_overrides_reach_any_field():
-    recipe = load_recipe("quickstart", ("optimizer.lr=3e-4", "amp=bf16", "augment.crop_scale=[0.2, 0.9]", "batch.norm_batch=8", "optimizer.clip_norm=1"))
+    recipe = load_recipe(
+        "quickstart",
+        (
+            "optimizer.lr=3e-4",
+            "amp=bf16",
+            "augment.crop_scale=[0.2, 0.9]",
+            "batch.norm_batch=8",
+            "optimizer.clip_norm=1",
+        ),
+    )
     assert recipe.optimizer.lr == 3e-4 and recipe.amp == "bf16" and recipe.augment.crop_scale == (0.2, 0.9)
     assert recipe.batch.num_atoms == 4 and recipe.optimizer.clip_norm == 1
     assert load_recipe("quickstart", ("batch.norm_batch=8", "batch.norm_batch=none")).batch.norm_batch is None
 
 
-@pytest.mark.parametrize(("override", "expected"), [
-    ("optimiser.lr=1", "optimizer.lr"),
-    ("lr=1", "optimizer.lr"),
-    ("optimizer.lr=-1", "greater than 0"),
-    ("batch.size=0", "greater than or equal to 1"),
-    ("batch.norm_batch=5", "does not divide size 32"),
-    ("amp=fp64", "'bf16'"),
-    ("augment.crop_scale=[0.9, 0.1]", "ascending"),
-    ("optimizer.lr", "KEY=VALUE"),
-    ("seed=nan", "seed"),
-])
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimiser.lr=1", "optimizer.lr"),
+        ("lr=1", "optimizer.lr"),
+        ("optimizer.lr=-1", "greater than 0"),
+        ("batch.size=0", "greater than or equal to 1"),
+        ("batch.norm_batch=5", "does not divide size 32"),
+        ("amp=fp64", "'bf16'"),
+        ("augment.crop_scale=[0.9, 0.1]", "ascending"),
+        ("optimizer.lr", "KEY=VALUE"),
+        ("seed=nan", "seed"),
+    ],
+)
 def test_a_wrong_override_names_the_key_and_what_is_possible(override, expected):
     with pytest.raises(LowmemError, match="(?s)" + expected.replace("[", r"\[")):
         load_recipe("quickstart", (override,))

@@ -4,9 +4,17 @@ from lowmem.errors import LowmemError
 from lowmem.sizes import GIB, MIB, format_size, parse_size
 
 
-@pytest.mark.parametrize(("text", "num_bytes"), [
-    ("8G", 8 * GIB), ("7.5GiB", int(7.5 * GIB)), ("512m", 512 * MIB), ("1048576", MIB), (" 2 gb ", 2 * GIB), (".5G", GIB // 2),
-])
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("8G", 8 * GIB),
+        ("7.5GiB", int(7.5 * GIB)),
+        ("512m", 512 * MIB),
+        ("1048576", MIB),
+        (" 2 gb ", 2 * GIB),
+        (".5G", GIB // 2),
+    ],
+)
 def test_sizes_as_people_write_them(text, num_bytes):
     assert parse_size(text) == num_bytes
 

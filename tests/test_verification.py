@@ -9,8 +9,11 @@ from lowmem.verification import random_batches, same_bits, verify
 
 def recipe(name: str, norm_batch: int | None = None) -> Recipe:
     return Recipe(
-        model=ModelRecipe(name=name, weights="none"), data=DataRecipe(train_px=48), batch=BatchRecipe(size=4, norm_batch=norm_batch),
-        mixup=MixupRecipe(prob=1.0), amp="fp32",
+        model=ModelRecipe(name=name, weights="none"),
+        data=DataRecipe(train_px=48),
+        batch=BatchRecipe(size=4, norm_batch=norm_batch),
+        mixup=MixupRecipe(prob=1.0),
+        amp="fp32",
     )
 
 

@@ -20,8 +20,15 @@ from PIL import Image
 
 SHIPPED = Path(__file__).parent.parent / "lowmem" / "samples" / "clipart10"
 SOURCES = {
-    "birds": "animals/birds", "bugs": "animals/bugs", "mammals": "animals/mammals", "fruit": "food/fruit", "desserts": "food/desserts",
-    "flowers": "plants/flowers", "vehicles": "transportation/vehicles", "music": "recreation/music", "smilies": "people/smilies",
+    "birds": "animals/birds",
+    "bugs": "animals/bugs",
+    "mammals": "animals/mammals",
+    "fruit": "food/fruit",
+    "desserts": "food/desserts",
+    "flowers": "plants/flowers",
+    "vehicles": "transportation/vehicles",
+    "music": "recreation/music",
+    "smilies": "people/smilies",
     "homes": "buildings/homes",
 }
 INSIDE = Path("usr/share/openclipart/png")
@@ -88,7 +95,9 @@ def compare(out: Path) -> None:
             gaps.append(np.abs(one - other).mean())
         else:
             resized += 1
-    print(f"mean absolute difference of a pixel: median {np.median(gaps):.2f} of 255, largest {np.max(gaps):.2f}; of another size: {resized}")
+    print(
+        f"mean absolute difference of a pixel: median {np.median(gaps):.2f} of 255, largest {np.max(gaps):.2f}; of another size: {resized}"
+    )
 
 
 if __name__ == "__main__":

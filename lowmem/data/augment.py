@@ -49,8 +49,20 @@ class Draws:
     def __init__(self, seed: int, epoch: int, index: int) -> None:
         uniforms = generator(seed, "augment", epoch, index).random(NUM_UNIFORMS)
         self.crop = uniforms[: 2 * CROP_TRIES]
-        (self.crop_x, self.crop_y, self.blur, self.sigma, self.sharpen, self.brightness, self.contrast, self.saturation,
-         self.hue, self.grey, self.flip, _) = (float(value) for value in uniforms[2 * CROP_TRIES :])
+        (
+            self.crop_x,
+            self.crop_y,
+            self.blur,
+            self.sigma,
+            self.sharpen,
+            self.brightness,
+            self.contrast,
+            self.saturation,
+            self.hue,
+            self.grey,
+            self.flip,
+            _,
+        ) = (float(value) for value in uniforms[2 * CROP_TRIES :])
 
 
 def augmented(path: Path, recipe: AugmentLike, px: int, draws: Draws) -> np.ndarray:
@@ -119,8 +131,14 @@ def _coloured(picture: Image.Image, recipe: AugmentLike, draws: Draws) -> Image.
 
 def _colour_matrix(picture: Image.Image, recipe: AugmentLike, draws: Draws, grey: bool) -> tuple[float, ...] | None:
     """Brightness, contrast, saturation and grey as the 12 coefficients of one matrix; None where nothing changes."""
-    factors = [1 + (2 * u - 1) * strength for u, strength in (
-        (draws.brightness, recipe.brightness), (draws.contrast, recipe.contrast), (draws.saturation, recipe.saturation))]
+    factors = [
+        1 + (2 * u - 1) * strength
+        for u, strength in (
+            (draws.brightness, recipe.brightness),
+            (draws.contrast, recipe.contrast),
+            (draws.saturation, recipe.saturation),
+        )
+    ]
     if factors == [1, 1, 1] and not grey:
         return None
     brightness, contrast, saturation = factors

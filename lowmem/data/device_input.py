@@ -24,7 +24,14 @@ class Normalisation:
 class DeviceInput:
     """Turns host batches into what the model takes."""
 
-    def __init__(self, norm: Normalisation, device: torch.device, memory_format: str, mixup: MixupRecipe | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        norm: Normalisation,
+        device: torch.device,
+        memory_format: str,
+        mixup: MixupRecipe | None = None,
+        seed: int = 0,
+    ) -> None:
         self.device, self.mixup, self.seed = device, mixup, seed
         self.channels_last = memory_format == "channels_last"
         self.shift_C = torch.tensor([255 * value for value in norm.mean], device=device).view(1, -1, 1, 1)

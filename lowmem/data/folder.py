@@ -40,7 +40,11 @@ class Split:
 
     def name(self, index: int) -> str:
         """Path relative to the data folder, with forward slashes."""
-        return self.packed_paths[self.offsets[index] : self.offsets[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+        return (
+            self.packed_paths[self.offsets[index] : self.offsets[index + 1]]
+            .tobytes()
+            .decode("utf-8", "surrogateescape")
+        )
 
     def path(self, index: int) -> Path:
         return self.root / self.name(index)
@@ -85,13 +89,19 @@ def embedded_images() -> Path:
     return Path(__file__).parent.parent / "samples" / "clipart10"
 
 
-def open_dataset(root: Path, val_fraction: float, seed: int, tell: Tell | None = None, cache_dir: Path | None = None) -> Dataset:
+def open_dataset(
+    root: Path, val_fraction: float, seed: int, tell: Tell | None = None, cache_dir: Path | None = None
+) -> Dataset:
     """Scan and check an image folder; raises LowmemError where it cannot be trained on.
 
     `tell(done, total)` hears of the check's progress; `cache_dir` keeps its results (by path, size and time).
     """
     if not root.is_dir():
-        raise LowmemError(f"--data {root}: there is no such folder." if not root.exists() else f"--data {root}: is a file. Give the folder.")
+        raise LowmemError(
+            f"--data {root}: there is no such folder."
+            if not root.exists()
+            else f"--data {root}: is a file. Give the folder."
+        )
     folders = {name: root / name for name in SPLITS if (root / name).is_dir()}
     if "train" in folders:
         named = {name: _scan_classes(root, folder) for name, folder in folders.items() if name != "test"}
@@ -99,15 +109,26 @@ def open_dataset(root: Path, val_fraction: float, seed: int, tell: Tell | None =
     else:
         named, test_names = {"all": _scan_classes(root, root)}, []
     classes = _classes_of(root, named)
-    checked = check_files(root, [name for table in named.values() for names in table.values() for name in names] + test_names, tell, cache_dir)
+    checked = check_files(
+        root,
+        [name for table in named.values() for names in table.values() for name in names] + test_names,
+        tell,
+        cache_dir,
+    )
     _refuse_if_many_unreadable(root, checked)
-    readable = {which: {label: [n for n in names if n not in checked.reasons] for label, names in table.items()} for which, table in named.items()}
+    readable = {
+        which: {label: [n for n in names if n not in checked.reasons] for label, names in table.items()}
+        for which, table in named.items()
+    }
     if "train" not in folders:
         readable = _split_classes(readable["all"], val_fraction, seed)
     elif "val" not in folders:
         readable = _split_classes(readable["train"], val_fraction, seed)
     dataset = Dataset(
-        root, classes, _split(root, readable["train"], classes), _split(root, readable["val"], classes),
+        root,
+        classes,
+        _split(root, readable["train"], classes),
+        _split(root, readable["val"], classes),
         _flat_split(root, [n for n in test_names if n not in checked.reasons]) if test_names else None,
         tuple(sorted(checked.reasons.items())),
     )
@@ -122,7 +143,9 @@ def labelled_images(root: Path, classes: tuple[str, ...]) -> Split:
     unknown = sorted(set(table) - set(classes), key=natural_key)
     if unknown or not table:
         known = ", ".join(classes[:5]) + ("..." if len(classes) > 5 else "")
-        raise LowmemError(f"{root}: {'has no class folders' if not table else f'{unknown[0]!r} is not a class of this classifier'}. Its classes: {known}.")
+        raise LowmemError(
+            f"{root}: {'has no class folders' if not table else f'{unknown[0]!r} is not a class of this classifier'}. Its classes: {known}."
+        )
     return _split(root, table, classes)
 
 
@@ -175,12 +198,18 @@ def _classes_of(root: Path, named: dict[str, dict[str, list[str]]]) -> tuple[str
     found = {label for table in named.values() for label, names in table.items() if names}
     train = named.get("train", named.get("all", {}))
     if not found:
-        raise LowmemError(f"--data {root}: holds no images in class folders. Expected {root}/train/CLASS/*.jpg, or {root}/CLASS/*.jpg.")
+        raise LowmemError(
+            f"--data {root}: holds no images in class folders. Expected {root}/train/CLASS/*.jpg, or {root}/CLASS/*.jpg."
+        )
     if len(found) < 2:
-        raise LowmemError(f"--data {root}: has one class only ({next(iter(found))}); a classifier needs two. Images belong into one folder per class.")
+        raise LowmemError(
+            f"--data {root}: has one class only ({next(iter(found))}); a classifier needs two. Images belong into one folder per class."
+        )
     untrained = sorted((label for label in found if not train.get(label)), key=natural_key)
     if untrained:
-        raise LowmemError(f"--data {root}: val/{untrained[0]} has images but train/{untrained[0]} has none, so it cannot be learnt. Add some, or remove val/{untrained[0]}.")
+        raise LowmemError(
+            f"--data {root}: val/{untrained[0]} has images but train/{untrained[0]} has none, so it cannot be learnt. Add some, or remove val/{untrained[0]}."
+        )
     return tuple(sorted(found, key=natural_key))
 
 
@@ -221,7 +250,9 @@ def _flat_split(root: Path, names: list[str]) -> Split:
 def _packed(root: Path, names: list[str], labels: Iterable[int]) -> Split:
     encoded = [name.encode("utf-8", "surrogateescape") for name in names]
     offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)]).astype(np.int64)
-    return Split(root, np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets, np.array(list(labels), dtype=np.int64))
+    return Split(
+        root, np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets, np.array(list(labels), dtype=np.int64)
+    )
 
 
 def _warnings(dataset: Dataset) -> Iterator[str]:

@@ -58,7 +58,9 @@ def train_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 class Loader:
     """Context: batches of one split. `shuffle_seed` None keeps the order and the last, smaller batch (evaluation)."""
 
-    def __init__(self, split: Split, pixels: Pixels, px: int, batch_size: int, plan: LoaderPlan, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self, split: Split, pixels: Pixels, px: int, batch_size: int, plan: LoaderPlan, shuffle_seed: int | None = None
+    ) -> None:
         self.split, self.pixels, self.px, self.batch_size, self.plan = split, pixels, px, batch_size, plan
         self.shuffle_seed = shuffle_seed
         threads = plan.workers if plan.kind == "threads" else 0
@@ -77,7 +79,11 @@ class Loader:
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[HostBatch]:
         """The epoch's batches from number `start` on."""
-        order = np.arange(len(self.split)) if self.shuffle_seed is None else train_order(self.shuffle_seed, epoch, len(self.split))
+        order = (
+            np.arange(len(self.split))
+            if self.shuffle_seed is None
+            else train_order(self.shuffle_seed, epoch, len(self.split))
+        )
         numbers = iter(range(start, self.num_batches))
         ahead: deque[_Filling] = deque()
         try:
@@ -101,14 +107,18 @@ class Loader:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, epoch: int, indices: np.ndarray) -> "_Filling":
-        images_BHWC = torch.empty((len(indices), self.px, self.px, 3), dtype=torch.uint8, pin_memory=self.plan.pin_memory)
+        images_BHWC = torch.empty(
+            (len(indices), self.px, self.px, 3), dtype=torch.uint8, pin_memory=self.plan.pin_memory
+        )
         filling = _Filling(images_BHWC, indices, [])
         rows = images_BHWC.numpy()
         if self.pool is None:
             for row, index in enumerate(indices):
                 self._fill(rows, row, epoch, int(index))
         else:
-            filling.futures.extend(self.pool.submit(self._fill, rows, row, epoch, int(index)) for row, index in enumerate(indices))
+            filling.futures.extend(
+                self.pool.submit(self._fill, rows, row, epoch, int(index)) for row, index in enumerate(indices)
+            )
         return filling
 
     def _finish(self, filling: "_Filling") -> HostBatch:
@@ -123,7 +133,9 @@ class Loader:
         try:
             rows[row] = self.pixels(epoch, index)
         except Exception as error:  # whatever a file that changed under us provokes in a decoder
-            raise LowmemError(f"{self.split.path(index)} can no longer be read: {type(error).__name__}: {error}.") from error
+            raise LowmemError(
+                f"{self.split.path(index)} can no longer be read: {type(error).__name__}: {error}."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def check_files(root: Path, names: list[str], tell: Tell | None = None, cache_di
             stamps = [_stamp(root / name) for name in chunk]
             known = memory.recall(stamps)
             fresh = [index for index, stamp in enumerate(stamps) if stamp not in known]
-            found = dict(zip(fresh, pool.map(lambda index: why_unreadable(root / chunk[index]) or "", fresh)))
+            reasons_found = pool.map(why_unreadable, [root / chunk[index] for index in fresh])
+            found = {index: reason or "" for index, reason in zip(fresh, reasons_found)}
             memory.learn((stamps[index], reason) for index, reason in found.items())
             for index, name in enumerate(chunk):
                 reason = found.get(index, known.get(stamps[index], ""))
@@ -58,7 +59,9 @@ class _Memory:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.table: sqlite3.Connection | None = sqlite3.connect(folder / "readable.sqlite", timeout=10)
-            self.table.execute("CREATE TABLE IF NOT EXISTS checked (path TEXT PRIMARY KEY, size INT, time INT, reason TEXT) WITHOUT ROWID")
+            self.table.execute(
+                "CREATE TABLE IF NOT EXISTS checked (path TEXT PRIMARY KEY, size INT, time INT, reason TEXT) WITHOUT ROWID"
+            )
         except (OSError, sqlite3.Error):
             self.table = None
 
@@ -67,7 +70,9 @@ class _Memory:
             return {}
         marks = ",".join("?" * len(stamps))
         try:
-            rows = self.table.execute(f"SELECT path, size, time, reason FROM checked WHERE path IN ({marks})", [s[0] for s in stamps])
+            rows = self.table.execute(
+                f"SELECT path, size, time, reason FROM checked WHERE path IN ({marks})", [s[0] for s in stamps]
+            )
             return {(path, size, time): reason for path, size, time, reason in rows}
         except sqlite3.Error:
             return {}
@@ -77,7 +82,9 @@ class _Memory:
             return
         try:
             with self.table:
-                self.table.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?)", [(*stamp, reason) for stamp, reason in found])
+                self.table.executemany(
+                    "INSERT OR REPLACE INTO checked VALUES (?, ?, ?, ?)", [(*stamp, reason) for stamp, reason in found]
+                )
         except sqlite3.Error:
             self.table = None
 

@@ -76,7 +76,9 @@ def apply_policies(model: nn.Module, policies: dict[str, BlockPolicy]) -> Policy
         try:
             block = model.get_submodule(path)
         except AttributeError:
-            raise LowmemError(f"The plan names a block {path!r} that this model does not have: it was made for another model.") from None
+            raise LowmemError(
+                f"The plan names a block {path!r} that this model does not have: it was made for another model."
+            ) from None
         if policy == BlockPolicy():
             continue
         block.forward = partial(_RUN[policy.recompute], block, block.forward, policy, handle.store)
@@ -84,7 +86,14 @@ def apply_policies(model: nn.Module, policies: dict[str, BlockPolicy]) -> Policy
     return handle
 
 
-def _run_none(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, store: HostStore | None, *args: Any, **kwargs: Any) -> Any:
+def _run_none(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    policy: BlockPolicy,
+    store: HostStore | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if not torch.is_grad_enabled() or store is None:
         return forward(*args, **kwargs)
     store.begin_block()
@@ -93,13 +102,27 @@ def _run_none(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy
         return forward(*args, **kwargs)
 
 
-def _run_full(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, store: HostStore | None, *args: Any, **kwargs: Any) -> Any:
+def _run_full(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    policy: BlockPolicy,
+    store: HostStore | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return _checkpoint(block, forward, lambda: (nullcontext(), recomputing(batchnorms(block))), args, kwargs)
 
 
-def _run_selective(block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, store: HostStore | None, *args: Any, **kwargs: Any) -> Any:
+def _run_selective(
+    block: nn.Module,
+    forward: Callable[..., Any],
+    policy: BlockPolicy,
+    store: HostStore | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     if policy.offloads and store is not None:
@@ -110,7 +133,9 @@ def _run_selective(block: nn.Module, forward: Callable[..., Any], policy: BlockP
 _RUN = {"none": _run_none, "full": _run_full, "selective": _run_selective}
 
 
-def _checkpoint(block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+def _checkpoint(
+    block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], args: Any, kwargs: Any
+) -> Any:
     masks = mask_mode()
     context_fn = contexts if masks is None else partial(_with_masks, masks, contexts)
     # Taken apart and put together again, so that a list which the caller goes on filling (DenseNet) is recomputed as it was.
@@ -120,10 +145,14 @@ def _checkpoint(block: nn.Module, forward: Callable[..., Any], contexts: Callabl
         args, kwargs = tree_unflatten(leaves, structure)
         return forward(*args, **kwargs)
 
-    return checkpoint(run, *leaves, use_reentrant=False, context_fn=context_fn, preserve_rng_state=draws_random_numbers(block))
+    return checkpoint(
+        run, *leaves, use_reentrant=False, context_fn=context_fn, preserve_rng_state=draws_random_numbers(block)
+    )
 
 
-def _with_masks(masks: AbstractContextManager[Any], contexts: Callable[[], Any]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _with_masks(
+    masks: AbstractContextManager[Any], contexts: Callable[[], Any]
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     first_run, second_run = contexts()
     return first_run, _both(masks, second_run)
 
@@ -134,7 +163,9 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
         yield
 
 
-def _selective_contexts(block: nn.Module, policy: BlockPolicy, store: HostStore | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _selective_contexts(
+    block: nn.Module, policy: BlockPolicy, store: HostStore | None
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     kept: dict[int, Any] = {}
     host = set(policy.keep) if policy.host == "all" else set(policy.host) if policy.offloads else set()
     return _Keep(set(policy.keep), host, kept, store), _replaying(block, kept, store)
@@ -158,7 +189,9 @@ class _Keep(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in KEEPABLE_OPS:
             if self.ordinal in self.keep and not _draws_mask(func, args, kwargs):
-                self.kept[self.ordinal] = tree_map_only(Tensor, partial(self._put_aside, self.ordinal in self.host), result)
+                self.kept[self.ordinal] = tree_map_only(
+                    Tensor, partial(self._put_aside, self.ordinal in self.host), result
+                )
             self.ordinal += 1
         return result
 
@@ -192,7 +225,9 @@ class _Replay(TorchDispatchMode):
             assert self.store is not None
             return self.store.get(kept.value)
         if kept.value._version != kept.version:
-            raise LowmemError(f"Output {ordinal} of a block was changed in place after it was kept; the plan must recompute it.")
+            raise LowmemError(
+                f"Output {ordinal} of a block was changed in place after it was kept; the plan must recompute it."
+            )
         return kept.value
 
 
@@ -213,7 +248,12 @@ class _SavedTensors:
 
     def pack(self, tensor: Tensor) -> Tensor | Ticket:
         address = tensor.untyped_storage()._cdata
-        if address in self.own or isinstance(tensor, nn.Parameter) or tensor.nbytes < MIN_OFFLOAD_BYTES or not _is_whole(tensor):
+        if (
+            address in self.own
+            or isinstance(tensor, nn.Parameter)
+            or tensor.nbytes < MIN_OFFLOAD_BYTES
+            or not _is_whole(tensor)
+        ):
             return tensor
         ordinal = self.ordinals.setdefault(address, len(self.ordinals))
         if self.wanted is not None and ordinal not in self.wanted:
@@ -234,5 +274,3 @@ def _is_whole(tensor: Tensor) -> bool:
     """Whether a tensor is all of its storage, in whatever order of axes and without overlap."""
     overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0 and not overlaps
-
-

@@ -25,8 +25,20 @@ _DROPOUT = ("input", "p", "training")
 WHOLE_ATOM_DRAWS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.scaled_dot_product_attention: ("query", "key", "value", "attn_mask", "dropout_p"),
     F.multi_head_attention_forward: (
-        "query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn",
-        "dropout_p", "out_proj_weight", "out_proj_bias", "training",
+        "query",
+        "key",
+        "value",
+        "embed_dim",
+        "num_heads",
+        "in_proj_weight",
+        "in_proj_bias",
+        "bias_k",
+        "bias_v",
+        "add_zero_attn",
+        "dropout_p",
+        "out_proj_weight",
+        "out_proj_bias",
+        "training",
     ),
     F.dropout1d: _DROPOUT,
     F.dropout2d: _DROPOUT,
@@ -35,7 +47,17 @@ WHOLE_ATOM_DRAWS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.feature_alpha_dropout: _DROPOUT,
     F.rrelu: ("input", "lower", "upper", "training"),
 } | dict.fromkeys(
-    (F.gumbel_softmax, torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.randperm, torch.bernoulli, Tensor.uniform_, Tensor.normal_),
+    (
+        F.gumbel_softmax,
+        torch.rand,
+        torch.randn,
+        torch.rand_like,
+        torch.randn_like,
+        torch.randperm,
+        torch.bernoulli,
+        Tensor.uniform_,
+        Tensor.normal_,
+    ),
     (),
 )
 """Draws whose rows cannot be taken from a draw for the whole atom, with the names of their arguments."""
@@ -53,7 +75,9 @@ def draws_random_numbers(module: nn.Module) -> bool:
 
 
 @contextmanager
-def atom_masks(seed: int, epoch: int, step: int, atom: int, rows: slice | None = None, atom_size: int = 0) -> Iterator[None]:
+def atom_masks(
+    seed: int, epoch: int, step: int, atom: int, rows: slice | None = None, atom_size: int = 0
+) -> Iterator[None]:
     """Context: random masks of one atom; `rows` of `atom_size` where the atom may be split, None where it never is."""
     torch.manual_seed(torch_seed(seed, "dropout", epoch, step, atom))
     mode: AbstractContextManager[Any] = nullcontext() if rows is None else _AtomRows(rows, atom_size)

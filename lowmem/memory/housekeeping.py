@@ -36,6 +36,8 @@ def prepare_allocator() -> None:
 
     Not on Windows, where torch does not support them; a setting of the user's stands.
     """
-    if sys.platform != "win32" and not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+    if sys.platform != "win32" and not any(
+        name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -18,8 +18,15 @@ from lowmem.memory.meter import MemoryMeter
 from lowmem.planning.plan import Budget
 
 NUM_COUNTED = 3
-OUT_OF_MEMORY_SIGNS = ("out of memory", "alloc_failed", "cudnn_status_not_supported", "unable to find an engine",
-                       "cudnn_status_internal_error", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_SIGNS = (
+    "out of memory",
+    "alloc_failed",
+    "cudnn_status_not_supported",
+    "unable to find an engine",
+    "cudnn_status_internal_error",
+    "can't allocate memory",
+    "not enough memory",
+)
 """What cuBLAS, cuDNN and the CPU allocator say when they cannot get memory (pytorch #27600, #32395 and others)."""
 
 
@@ -47,7 +54,9 @@ class CudaLimit:
     def __init__(self, device: torch.device, limit_bytes: int | None) -> None:
         self.device = device
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(1.0 if limit_bytes is None else min(1.0, limit_bytes / total), device)
+        torch.cuda.set_per_process_memory_fraction(
+            1.0 if limit_bytes is None else min(1.0, limit_bytes / total), device
+        )
 
     @contextmanager
     def watch(self, kind: str) -> Iterator[None]:

@@ -83,7 +83,9 @@ class MemoryMeter(TorchDispatchMode):
         self.timeline = Timeline() if record else None
         self._live: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self._see(result)

@@ -110,7 +110,9 @@ class HostStore:
     def reset(self) -> None:
         """Forget a pass: what was never asked back, or a step that failed; the buffers are kept."""
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)  # it may still write to device copies dropped here
+            torch.cuda.current_stream(self.device).wait_stream(
+                self.stream
+            )  # it may still write to device copies dropped here
         for group in self.groups:
             for ticket in group.tickets:
                 ticket.source = ticket.device_copy = None
@@ -162,7 +164,9 @@ class HostStore:
                 torch.cuda.current_stream(self.device).wait_event(ticket.copied)
                 ticket.copied = None
             if ticket.source is not None and ticket.source._version != ticket.version:
-                raise LowmemError("A tensor was changed in place on its way to host memory; the plan must not offload it.")
+                raise LowmemError(
+                    "A tensor was changed in place on its way to host memory; the plan must not offload it."
+                )
             ticket.source = None
 
     def _fetch_ahead(self, group: Group) -> None:

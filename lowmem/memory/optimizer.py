@@ -62,7 +62,9 @@ def place_optimizer(model: nn.Module, recipe: OptimizerRecipe, placement: str, d
     """AdamW over all trainable weights; the state is allocated here, so that it cannot run out of memory later."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if placement.endswith("backward") and recipe.clip_norm is not None:
-        raise LowmemError("The optimizer cannot run in the backward pass with optimizer.clip_norm, which needs all gradients at once.")
+        raise LowmemError(
+            "The optimizer cannot run in the backward pass with optimizer.clip_norm, which needs all gradients at once."
+        )
     if placement == "backward":
         return BackwardOptimizer(named, recipe)
     if placement in ("host", "host_backward"):
@@ -74,7 +76,12 @@ class DeviceOptimizer:
     def __init__(self, named: Named, recipe: OptimizerRecipe) -> None:
         self.named = named
         self.optimizer = torch.optim.AdamW(
-            named.values(), lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
+            named.values(),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
         for parameter in named.values():
             self.optimizer.state[parameter] = _fresh_state(parameter)
@@ -99,7 +106,9 @@ class DeviceOptimizer:
             group["lr"] = lr
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {f"{kind}/{name}": value for name, p in self.named.items() for kind, value in self.optimizer.state[p].items()}
+        return {
+            f"{kind}/{name}": value for name, p in self.named.items() for kind, value in self.optimizer.state[p].items()
+        }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         _copy_state(self.state_tensors(), tensors)
@@ -129,7 +138,9 @@ class BackwardOptimizer:
 
     def update(self, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:
         if scaler is not None or clip_norm is not None:
-            raise LowmemError("The optimizer cannot run in the backward pass with gradient clipping or fp16: use another placement.")
+            raise LowmemError(
+                "The optimizer cannot run in the backward pass with gradient clipping or fp16: use another placement."
+            )
         self.armed = False
         for name, parameter in self.named.items():  # gradients of earlier micro-batches that the last one did not reach
             if parameter.grad is not None:
@@ -200,13 +211,17 @@ class HostOptimizer:
 
     def update(self, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:
         if self.hooks and (scaler is not None or clip_norm is not None):
-            raise LowmemError("The optimizer cannot run in the backward pass with gradient clipping or fp16: use another placement.")
+            raise LowmemError(
+                "The optimizer cannot run in the backward pass with gradient clipping or fp16: use another placement."
+            )
         if scaler is not None:
             scaler.unscale_(self.scratch)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self.named.values(), clip_norm)
         if not self.hooks and (scaler is None or not _found_inf(scaler, self.scratch)):
-            for group in _groups([c for chunks in self.chunks.values() for c in chunks if self.named[c.name].grad is not None]):
+            for group in _groups(
+                [c for chunks in self.chunks.values() for c in chunks if self.named[c.name].grad is not None]
+            ):
                 self._enqueue(group)
         self._flush()
         if scaler is not None:
@@ -283,7 +298,10 @@ class HostOptimizer:
         for kind, chunk, view in _views(group, slot):
             staged.setdefault(id(chunk), {"step": self._step_before(chunk)})[kind] = view
         parameters = [_flat(self.named[chunk.name].detach())[chunk.start : chunk.stop] for chunk in group]
-        grads = [_flat(_like(self.named[chunk.name].grad, self.named[chunk.name]))[chunk.start : chunk.stop] for chunk in group]
+        grads = [
+            _flat(_like(self.named[chunk.name].grad, self.named[chunk.name]))[chunk.start : chunk.stop]
+            for chunk in group
+        ]
         _update(parameters, grads, [staged[id(chunk)] for chunk in group], self.recipe, self.lr)
 
     def _step_before(self, chunk: Chunk) -> Tensor:
@@ -369,14 +387,27 @@ def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def _update(parameters: list[Any], grads: list[Any], states: list[dict[str, Tensor]], recipe: OptimizerRecipe, lr: float) -> None:
+def _update(
+    parameters: list[Any], grads: list[Any], states: list[dict[str, Tensor]], recipe: OptimizerRecipe, lr: float
+) -> None:
     if not parameters:
         return
     with torch.no_grad():
         adamw(
-            parameters, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-            fused=True, amsgrad=False, beta1=recipe.betas[0], beta2=recipe.betas[1], lr=lr,
-            weight_decay=recipe.weight_decay, eps=recipe.eps, maximize=False,
+            parameters,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=recipe.betas[0],
+            beta2=recipe.betas[1],
+            lr=lr,
+            weight_decay=recipe.weight_decay,
+            eps=recipe.eps,
+            maximize=False,
         )
 
 

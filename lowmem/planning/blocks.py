@@ -1,9 +1,9 @@
 """The blocks of a network: where a plan can choose what to keep and what to recompute.
 
 A block is the innermost repeated unit, whatever it is called: a child of a list-like container, or one of several children of
-the same class, that holds at least two weight layers and a norm or an activation, and holds no such child itself. That finds ResNet's bottlenecks, EfficientNet's inverted
-residuals, the layers of transformers, DenseNet's dense layers and the blocks inside the stages of Swin or ConvNeXt. Networks
-without blocks (VGG) have none and are planned as a whole.
+the same class, that holds at least two weight layers and a norm or an activation, and holds no such child itself. That finds
+ResNet's bottlenecks, EfficientNet's inverted residuals, the layers of transformers, DenseNet's dense layers and the blocks
+inside the stages of Swin or ConvNeXt. Networks without blocks (VGG) have none and are planned as a whole.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,14 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks by their path in the model, in the order of registration; no block contains another."""
     listed = dict(_children_of_lists(model))
     repeated = {
-        path: module for path, module in _repeated_children(model)
+        path: module
+        for path, module in _repeated_children(model)
         if not any(path.startswith(other + ".") for other in listed)
     }
     candidates = listed | repeated
     return {
-        path: module for path, module in model.named_modules()
+        path: module
+        for path, module in model.named_modules()
         if path in candidates and not any(other.startswith(path + ".") for other in candidates)
     }
 

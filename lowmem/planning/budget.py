@@ -22,7 +22,9 @@ def budget_for(spec: DeviceSpec, vram_bytes: int, device: str) -> Budget:
     if spec.kind == "cpu":
         return Budget(total_bytes=vram_bytes)
     if vram_bytes > spec.memory_bytes * 1.05:
-        raise LowmemError(f"--vram {format_size(vram_bytes)} is more than {spec.name} has ({format_size(spec.memory_bytes)}). Give at most that.")
+        raise LowmemError(
+            f"--vram {format_size(vram_bytes)} is more than {spec.name} has ({format_size(spec.memory_bytes)}). Give at most that."
+        )
     total = min(vram_bytes, spec.memory_bytes)
     lines = [BudgetLine(what="CUDA context, cuDNN and cuBLAS (estimated)", num_bytes=spec.context_bytes)]
     others = _other_processes(spec, device)
@@ -32,10 +34,14 @@ def budget_for(spec: DeviceSpec, vram_bytes: int, device: str) -> Budget:
     if sys.platform == "win32" and spec.present:
         lines.append(BudgetLine(what="kept back by Windows", num_bytes=WINDOWS_RESERVE_BYTES))
     lines.append(BudgetLine(what="convolution workspace (estimated)", num_bytes=WORKSPACE_BYTES, in_allocator=True))
-    lines.append(BudgetLine(what="allocator rounding (estimated)", num_bytes=int(ROUNDING_FRAC * total), in_allocator=True))
+    lines.append(
+        BudgetLine(what="allocator rounding (estimated)", num_bytes=int(ROUNDING_FRAC * total), in_allocator=True)
+    )
     budget = Budget(total_bytes=total, deductions=tuple(lines))
     if budget.tensor_bytes <= 0:
-        raise LowmemError(f"--vram {format_size(vram_bytes)} leaves nothing for training: {format_size(total - budget.tensor_bytes)} are taken before the first tensor. Give more.")
+        raise LowmemError(
+            f"--vram {format_size(vram_bytes)} leaves nothing for training: {format_size(total - budget.tensor_bytes)} are taken before the first tensor. Give more."
+        )
     return budget
 
 

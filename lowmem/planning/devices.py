@@ -52,7 +52,9 @@ def known_devices() -> tuple[DeviceSpec, ...]:
 
 def device_by_name(text: str) -> DeviceSpec:
     """The device that a person or a driver means; raises LowmemError listing the known ones."""
-    wanted = " ".join(text.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", "").replace("gpu", "").split())
+    wanted = " ".join(
+        text.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", "").replace("gpu", "").split()
+    )
     exact = [spec for spec in known_devices() if spec.name.lower() == text.lower().strip()]
     found = exact or sorted(
         (spec for spec in known_devices() if any(word in wanted for word in spec.match)),
@@ -72,7 +74,12 @@ def device_spec(device: torch.device) -> DeviceSpec:
         cpu = device_by_name("cpu")
         return cpu.model_copy(update={"present": True, "memory_gib": psutil.virtual_memory().total / GIB})
     facts = torch.cuda.get_device_properties(device)
-    here = {"name": facts.name, "memory_gib": facts.total_memory / GIB, "supports_bf16": facts.major >= 8, "present": True}
+    here = {
+        "name": facts.name,
+        "memory_gib": facts.total_memory / GIB,
+        "supports_bf16": facts.major >= 8,
+        "present": True,
+    }
     try:
         return device_by_name(facts.name).model_copy(update=here)
     except LowmemError:
@@ -92,7 +99,10 @@ def _generic_card(facts: object) -> DeviceSpec:
     """A card that is not in the table: rates of a middling one, scaled by its multiprocessors."""
     middle = device_by_name("RTX 3060")
     scale = facts.multi_processor_count / 28  # type: ignore[attr-defined]
-    return middle.model_copy(update={
-        "bandwidth": middle.bandwidth * scale, "flops": {name: rate * scale for name, rate in middle.flops.items()},
-        "source": "not in the table: an RTX 3060 scaled by the number of multiprocessors",
-    })
+    return middle.model_copy(
+        update={
+            "bandwidth": middle.bandwidth * scale,
+            "flops": {name: rate * scale for name, rate in middle.flops.items()},
+            "source": "not in the table: an RTX 3060 scaled by the number of multiprocessors",
+        }
+    )

@@ -8,7 +8,9 @@ from lowmem.sizes import format_size
 
 def plan_lines(plan: Plan) -> list[str]:
     """What a user reads before training: the budget, the predicted memory and time, and what is done about them."""
-    lines = [f"Plan for {plan.device_name}: {plan.amp_dtype}, {plan.micro_batch} images per pass, {plan.memory_format}, exactness {plan.exactness}"]
+    lines = [
+        f"Plan for {plan.device_name}: {plan.amp_dtype}, {plan.micro_batch} images per pass, {plan.memory_format}, exactness {plan.exactness}"
+    ]
     if plan.budget is not None and plan.budget.deductions:
         lines.append(f"  budget {format_size(plan.budget.total_bytes)}")
         lines += [f"    less {format_size(line.num_bytes)}: {line.what}" for line in plan.budget.deductions]
@@ -20,7 +22,11 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  predicted peak {format_size(plan.prediction.peak.total)}: {', '.join(parts)}")
         lines += _time_lines(plan)
     lines += [f"  {reason}" for reason in plan.reasons]
-    workers = f"{plan.loader.workers} loader thread{'s' if plan.loader.workers != 1 else ''}" if plan.loader.kind == "threads" else "images loaded in line"
+    workers = (
+        f"{plan.loader.workers} loader thread{'s' if plan.loader.workers != 1 else ''}"
+        if plan.loader.kind == "threads"
+        else "images loaded in line"
+    )
     threads = f", {plan.loader.torch_threads} threads for torch" if plan.loader.torch_threads else ""
     lines.append(f"  {workers}{threads}, evaluation in batches of up to {plan.eval_batch}")
     return lines
@@ -31,16 +37,24 @@ def reasons_for(plan: Plan, unconstrained_bytes: int) -> list[str]:
     assert plan.budget is not None
     room = plan.budget.tensor_bytes
     if not plan.blocks and plan.optimizer == "device" and plan.exactness == "bitwise":
-        return [f"Everything fits: the step needs {format_size(unconstrained_bytes)} of {format_size(room)}, so nothing is recomputed or moved."]
-    reasons = [f"With nothing recomputed or moved the step would need {format_size(unconstrained_bytes)}; {format_size(room)} are there."]
+        return [
+            f"Everything fits: the step needs {format_size(unconstrained_bytes)} of {format_size(room)}, so nothing is recomputed or moved."
+        ]
+    reasons = [
+        f"With nothing recomputed or moved the step would need {format_size(unconstrained_bytes)}; {format_size(room)} are there."
+    ]
     for (policy,), paths in _runs(plan):
         reasons.append(f"{paths}: {_policy_in_words(policy)}.")
     if plan.optimizer == "backward":
-        reasons.append("Each weight is updated as soon as its gradient is complete, so the gradients are never all there at once.")
+        reasons.append(
+            "Each weight is updated as soon as its gradient is complete, so the gradients are never all there at once."
+        )
     if plan.optimizer == "host":
         reasons.append("AdamW's state lives in host memory and visits the device for each update.")
     if plan.exactness == "rounding":
-        reasons.append("The batch is split over passes; the network has no live batch norm, so only the rounding of sums changes.")
+        reasons.append(
+            "The batch is split over passes; the network has no live batch norm, so only the rounding of sums changes."
+        )
     if plan.exactness == "statistical":
         reasons.append("The norm batch is split, which gives another classifier; you allowed it.")
     return reasons
@@ -52,13 +66,23 @@ def _time_lines(plan: Plan) -> list[str]:
     if prediction.step_s is None or prediction.epoch_s is None or not prediction.baseline_step_s:
         return []
     overhead = prediction.step_s / prediction.baseline_step_s - 1
-    source = {"roofline": "a roofline from the data sheet", "measured": "block times measured here", "none": ""}[prediction.time_source]
+    source = {"roofline": "a roofline from the data sheet", "measured": "block times measured here", "none": ""}[
+        prediction.time_source
+    ]
     cost = f", {overhead:+.1%} over the unconstrained step" if abs(overhead) > 5e-4 else ""
-    return [f"  predicted time {prediction.step_s:.3g} s a step, {_duration(prediction.epoch_s)} an epoch{cost} (from {source})"]
+    return [
+        f"  predicted time {prediction.step_s:.3g} s a step, {_duration(prediction.epoch_s)} an epoch{cost} (from {source})"
+    ]
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _runs(plan: Plan) -> list[tuple[tuple[BlockPolicy], str]]:
@@ -74,10 +98,18 @@ def _runs(plan: Plan) -> list[tuple[tuple[BlockPolicy], str]]:
 def _policy_in_words(policy: BlockPolicy) -> str:
     if policy.recompute == "full":
         return "keeps only its input and is run again in the backward pass"
-    hosted = "" if not policy.offloads else ", held in host memory" if policy.host in ("all", policy.keep) else f", of which {_ordinals(policy.host)} in host memory"
+    hosted = (
+        ""
+        if not policy.offloads
+        else ", held in host memory"
+        if policy.host in ("all", policy.keep)
+        else f", of which {_ordinals(policy.host)} in host memory"
+    )
     if policy.recompute == "none":
         return "keeps everything" + (" in host memory" if policy.host == "all" else hosted)
-    return f"keeps the outputs {_ordinals(policy.keep)} of its convolutions and products{hosted}, and recomputes the rest"
+    return (
+        f"keeps the outputs {_ordinals(policy.keep)} of its convolutions and products{hosted}, and recomputes the rest"
+    )
 
 
 def _ordinals(ordinals: object) -> str:

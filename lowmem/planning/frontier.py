@@ -31,12 +31,27 @@ class FrontierRow:
         if self.step_s is None or not self.baseline_step_s:
             return format_size(self.budget_bytes), "does not fit", "", "", "", "", "", ""
         return (
-            format_size(self.budget_bytes), format_size(self.peak_bytes), f"{self.step_s:.3f}", f"{self.step_s / self.baseline_step_s - 1:+.1%}",
-            f"{self.num_recomputed} of {self.num_blocks}", format_size(self.host_bytes) if self.host_bytes else "-", self.optimizer, self.exactness,
+            format_size(self.budget_bytes),
+            format_size(self.peak_bytes),
+            f"{self.step_s:.3f}",
+            f"{self.step_s / self.baseline_step_s - 1:+.1%}",
+            f"{self.num_recomputed} of {self.num_blocks}",
+            format_size(self.host_bytes) if self.host_bytes else "-",
+            self.optimizer,
+            self.exactness,
         )
 
 
-def frontier(recipe: Recipe, spec: DeviceSpec, device: str, budgets: list[int], *, num_classes: int, num_train: int, allow: str = "rounding") -> list[FrontierRow]:
+def frontier(
+    recipe: Recipe,
+    spec: DeviceSpec,
+    device: str,
+    budgets: list[int],
+    *,
+    num_classes: int,
+    num_train: int,
+    allow: str = "rounding",
+) -> list[FrontierRow]:
     """A row for each budget, largest first. A plan that serves a smaller budget at less cost serves the larger one too."""
     planning: Planning | None = None
     rows: list[tuple[int, int, Plan | None]] = []
@@ -68,7 +83,15 @@ def _row(vram_bytes: int, tensor_bytes: int, plan: Plan | None) -> FrontierRow:
         return FrontierRow(vram_bytes, tensor_bytes)
     policies = plan.blocks.values()
     return FrontierRow(
-        vram_bytes, tensor_bytes, plan.prediction.peak.total, plan.prediction.step_s, plan.prediction.baseline_step_s,
-        sum(policy.recompute != "none" for policy in policies), sum(policy.offloads for policy in policies), plan.num_blocks,
-        plan.prediction.host_bytes, plan.optimizer, plan.exactness,
+        vram_bytes,
+        tensor_bytes,
+        plan.prediction.peak.total,
+        plan.prediction.step_s,
+        plan.prediction.baseline_step_s,
+        sum(policy.recompute != "none" for policy in policies),
+        sum(policy.offloads for policy in policies),
+        plan.num_blocks,
+        plan.prediction.host_bytes,
+        plan.optimizer,
+        plan.exactness,
     )

@@ -19,7 +19,9 @@ class FakeNetwork:
     built for real first.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int, memory_format: str = "channels_last", real_build: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, num_classes: int, memory_format: str = "channels_last", real_build: bool = False
+    ) -> None:
         self.recipe, self.num_classes, self.memory_format = recipe, num_classes, memory_format
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = self._converted(self._built(real_build))

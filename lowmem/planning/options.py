@@ -65,7 +65,9 @@ class _Figures:
     forward_ops: tuple[OpCost, ...]
 
 
-def block_options(network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, spec: DeviceSpec, offload: bool) -> list[Option]:
+def block_options(
+    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, spec: DeviceSpec, offload: bool
+) -> list[Option]:
     """The Pareto set of a block's options, dearest in memory first; the first keeps everything."""
     none = _traced(network, path, moments, plan, KEEP_ALL)
     full = _traced(network, path, moments, plan, RECOMPUTE_ALL)
@@ -75,7 +77,9 @@ def block_options(network: FakeNetwork, path: str, moments: BlockMoments, plan: 
     for subset in _subsets(keepables):
         options.append(_selective(subset, (), full, forward_s, spec))
         if offload:
-            options += [_selective(subset, subset[:count], full, forward_s, spec) for count in range(1, len(subset) + 1)]
+            options += [
+                _selective(subset, subset[:count], full, forward_s, spec) for count in range(1, len(subset) + 1)
+            ]
     if offload:
         host = _traced(network, path, moments, plan, BlockPolicy(host="all"))
         if host.host:
@@ -85,24 +89,41 @@ def block_options(network: FakeNetwork, path: str, moments: BlockMoments, plan: 
 
 def block_signature(block: nn.Module, moments: BlockMoments) -> str:
     """Equal for blocks that cost the same: the same modules on inputs of the same shape."""
-    inputs = [(tuple(t.shape), t.stride(), t.dtype) for t in tree_leaves((moments.args, moments.kwargs)) if isinstance(t, Tensor)]
+    inputs = [
+        (tuple(t.shape), t.stride(), t.dtype)
+        for t in tree_leaves((moments.args, moments.kwargs))
+        if isinstance(t, Tensor)
+    ]
     return f"{block!r}{inputs}"
 
 
 def _option(policy: BlockPolicy, figures: _Figures, extra_s: float) -> Option:
-    return Option(policy, figures.kept, figures.forward_held, figures.forward_peak, figures.backward_peak, figures.host, extra_s)
+    return Option(
+        policy, figures.kept, figures.forward_held, figures.forward_peak, figures.backward_peak, figures.host, extra_s
+    )
 
 
-def _selective(subset: tuple[Keepable, ...], hosted: tuple[Keepable, ...], full: _Figures, forward_s: float, spec: DeviceSpec) -> Option:
+def _selective(
+    subset: tuple[Keepable, ...], hosted: tuple[Keepable, ...], full: _Figures, forward_s: float, spec: DeviceSpec
+) -> Option:
     """Full recomputation, less the outputs that are kept."""
     kept = sum(item.num_bytes for item in subset if item not in hosted)
     host = sum(item.num_bytes for item in hosted)
     policy = BlockPolicy(
-        recompute="selective", keep=tuple(sorted(item.ordinal for item in subset)),
+        recompute="selective",
+        keep=tuple(sorted(item.ordinal for item in subset)),
         host=tuple(sorted(item.ordinal for item in hosted)) if hosted else "none",
     )
     extra_s = forward_s - sum(item.recompute_s for item in subset) + hidden_copy_seconds(2 * host, spec)
-    return Option(policy, full.kept + kept, full.forward_held + kept, full.forward_peak + kept + host, full.backward_peak - kept, host, extra_s)
+    return Option(
+        policy,
+        full.kept + kept,
+        full.forward_held + kept,
+        full.forward_peak + kept + host,
+        full.backward_peak - kept,
+        host,
+        extra_s,
+    )
 
 
 def _subsets(keepables: list[Keepable]) -> list[tuple[Keepable, ...]]:
@@ -126,12 +147,18 @@ def _pareto(options: list[Option]) -> list[Option]:
 
 def _beats(a: Option, b: Option) -> bool:
     return (
-        a.extra_s <= b.extra_s and a.kept <= b.kept and a.forward_held <= b.forward_held and a.host <= b.host
-        and a.forward_peak <= b.forward_peak and a.kept + a.backward_peak <= b.kept + b.backward_peak
+        a.extra_s <= b.extra_s
+        and a.kept <= b.kept
+        and a.forward_held <= b.forward_held
+        and a.host <= b.host
+        and a.forward_peak <= b.forward_peak
+        and a.kept + a.backward_peak <= b.kept + b.backward_peak
     )
 
 
-def _keepables(network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, none: _Figures, spec: DeviceSpec) -> list[Keepable]:
+def _keepables(
+    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, none: _Figures, spec: DeviceSpec
+) -> list[Keepable]:
     """Outputs that stay as they are until the block ends, with their bytes and what it costs to make them again."""
     every = set(range(sum(op.name in KEEPABLE_NAMES for op in none.forward_ops)))
     kept: dict[int, Any] = {}
@@ -170,7 +197,9 @@ def _measured(block: nn.Module, args: Any, kwargs: Any, plan: Plan, meter: StepR
     before = meter.live_bytes
     meter.reset_peak()
     with autocast(plan):
-        output = next(leaf for leaf in tree_leaves(block(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        output = next(
+            leaf for leaf in tree_leaves(block(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
+        )
         forward_peak = meter.peak_bytes - before
         handle.end_forward()
         forward_held = meter.live_bytes - before
@@ -199,5 +228,3 @@ def _inputs(moments: BlockMoments) -> tuple[Any, Any]:
         return tensor.requires_grad_().mul(1.0) if meta.is_floating_point() and torch.is_grad_enabled() else tensor
 
     return tree_map_only(Tensor, made, moments.args), tree_map_only(Tensor, made, moments.kwargs)
-
-

@@ -48,7 +48,13 @@ class BlockPolicy(Frozen):
 
     def __str__(self) -> str:
         kept = f" keeping {','.join(map(str, self.keep))}" if self.recompute == "selective" else ""
-        host = "" if not self.offloads else " offload" if self.host == "all" else f" offload {','.join(map(str, self.host))}"
+        host = (
+            ""
+            if not self.offloads
+            else " offload"
+            if self.host == "all"
+            else f" offload {','.join(map(str, self.host))}"
+        )
         return f"{self.recompute}{kept}{host}"
 
 

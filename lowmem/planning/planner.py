@@ -5,6 +5,7 @@ mixes them for each placement of the optimizer, and the cheapest mix is traced a
 tightened by what it missed.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from lowmem.errors import LowmemError
@@ -62,8 +63,15 @@ class Planning:
         split = micro_batch < self.recipe.batch.atom
         exactness: Exactness = "bitwise" if not split else "statistical" if self.batchnorm else "rounding"
         return Plan(
-            device="cpu", device_name=self.spec.name, amp_dtype=self.amp, micro_batch=micro_batch, autocast_cache=False,
-            exactness=exactness, budget=self.budget, loader=loader_plan(self.spec), num_blocks=len(self.network.blocks),
+            device="cpu",
+            device_name=self.spec.name,
+            amp_dtype=self.amp,
+            micro_batch=micro_batch,
+            autocast_cache=False,
+            exactness=exactness,
+            budget=self.budget,
+            loader=loader_plan(self.spec),
+            num_blocks=len(self.network.blocks),
         )
 
     def trace(self, plan: Plan) -> StepTrace:
@@ -74,7 +82,9 @@ class Planning:
                 self.traces[key] = trace_step(self.network, plan, self.recipe)
             except (RuntimeError, NotImplementedError, TypeError) as error:
                 if getattr(self, "rebuilt", False):
-                    raise LowmemError(f"{self.recipe.model.name} cannot be traced: {str(error).splitlines()[0]}") from error
+                    raise LowmemError(
+                        f"{self.recipe.model.name} cannot be traced: {str(error).splitlines()[0]}"
+                    ) from error
                 self.rebuilt = True
                 self.network = FakeNetwork(self.recipe, self.num_classes, real_build=True)
                 return self.trace(plan)
@@ -89,7 +99,9 @@ class Planning:
                 moments = trace.blocks[path]
                 signature = block_signature(self.network.blocks[path], moments)
                 if signature not in known:
-                    known[signature] = block_options(self.network, path, moments, plan, self.spec, self.spec.kind == "cuda")
+                    known[signature] = block_options(
+                        self.network, path, moments, plan, self.spec, self.spec.kind == "cuda"
+                    )
                 found.append(known[signature])
             self.options[plan.micro_batch] = found
         return self.options[plan.micro_batch]
@@ -104,8 +116,17 @@ class Candidate:
     step_s: float
 
 
-def make_plan(recipe: Recipe, spec: DeviceSpec, device: str, vram_bytes: int, *, ram_bytes: int | None = None, num_classes: int,
-              num_train: int, allow: str = "rounding") -> Plan:
+def make_plan(
+    recipe: Recipe,
+    spec: DeviceSpec,
+    device: str,
+    vram_bytes: int,
+    *,
+    ram_bytes: int | None = None,
+    num_classes: int,
+    num_train: int,
+    allow: str = "rounding",
+) -> Plan:
     """The cheapest plan for a recipe within `vram_bytes`; raises LowmemError where none fits.
 
     `allow`: the least exact plan that may be chosen.
@@ -124,7 +145,11 @@ def leaner_plan(plan: Plan, recipe: Recipe, *, num_classes: int, num_train: int)
     used = plan.prediction.peak.total if plan.prediction else budget.tensor_bytes
     planning = Planning(recipe, spec, plan.device, budget, num_classes, num_train, default_ram(), plan.exactness)
     lean = plan_within(planning, int(LEANER_FRAC * min(used, budget.tensor_bytes)))
-    told = f"it keeps {format_size(lean.prediction.peak.total)} on the device instead of {format_size(used)}" if lean.prediction else "leaner"
+    told = (
+        f"it keeps {format_size(lean.prediction.peak.total)} on the device instead of {format_size(used)}"
+        if lean.prediction
+        else "leaner"
+    )
     return lean.model_copy(update={"loader": plan.loader, "reasons": (told, *lean.reasons)})
 
 
@@ -135,7 +160,11 @@ def plan_within(planning: Planning, limit_bytes: int) -> Plan:
     baseline_s = _step_seconds(planning, trace, base, 0.0)
     if trace.peak_bytes <= limit_bytes:
         return _finished(planning, Candidate(base, trace, baseline_s), baseline_s, limit_bytes)
-    found = [candidate for micro_batch in _micro_batches(planning) if (candidate := _best_of(planning, micro_batch, limit_bytes))]
+    found = [
+        candidate
+        for micro_batch in _micro_batches(planning)
+        if (candidate := _best_of(planning, micro_batch, limit_bytes))
+    ]
     if not found:
         raise LowmemError(_too_small(planning, limit_bytes))
     return _finished(planning, min(found, key=lambda item: item.step_s), baseline_s, limit_bytes)
@@ -185,13 +214,22 @@ def _best_of(planning: Planning, micro_batch: int, limit_bytes: int) -> Candidat
         if solution is not None:
             drafts.append((_step_seconds(planning, trace, plan, solution.extra_s), plan, problem, solution))
     best: Candidate | None = None
-    for step_s, plan, problem, solution in sorted(drafts, key=lambda draft: (draft[3].peak_bytes > limit_bytes, draft[0])):
+    for step_s, plan, problem, solution in sorted(
+        drafts, key=lambda draft: (draft[3].peak_bytes > limit_bytes, draft[0])
+    ):
         if best is None or step_s < best.step_s:
             best = _fitted(planning, plan, problem, solution, limit_bytes, trace) or best
     return best
 
 
-def _fitted(planning: Planning, base: Plan, problem: Problem, solution: Solution | None, limit_bytes: int, unconstrained: StepTrace) -> Candidate | None:
+def _fitted(
+    planning: Planning,
+    base: Plan,
+    problem: Problem,
+    solution: Solution | None,
+    limit_bytes: int,
+    unconstrained: StepTrace,
+) -> Candidate | None:
     """Trace the program's answer as a whole, and tighten or relax the limit by what the program misjudged."""
     best: Candidate | None = None
     for _ in range(MAX_TRIES):
@@ -218,13 +256,20 @@ def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placem
     paths = usable_blocks(trace)
     later = _later_gradients(planning, paths) if placement.endswith("backward") else dict.fromkeys(paths, 0)
     terms = [
-        BlockTerm(path, options, trace.blocks[path].forward_start + moved, trace.blocks[path].backward_start + moved - later[path])
+        BlockTerm(
+            path,
+            options,
+            trace.blocks[path].forward_start + moved,
+            trace.blocks[path].backward_start + moved - later[path],
+        )
         for path, options in zip(paths, planning.block_options(base))
     ]
     forward_s = seconds(trace.ops, planning.spec) / 3
     hidden_bytes = int(LINK_SHARE * forward_s * planning.spec.host_link)
     host_limit = max(0, planning.ram_bytes - _host_state_bytes(planning, placement))
-    return Problem(terms, trace.elsewhere_forward_peak + moved, hidden_bytes, host_limit, 2 * link_seconds(1, planning.spec))
+    return Problem(
+        terms, trace.elsewhere_forward_peak + moved, hidden_bytes, host_limit, 2 * link_seconds(1, planning.spec)
+    )
 
 
 def _host_state_bytes(planning: Planning, placement: Placement) -> int:
@@ -234,7 +279,9 @@ def _host_state_bytes(planning: Planning, placement: Placement) -> int:
 
 def _later_gradients(planning: Planning, paths: list[str]) -> dict[str, int]:
     """Bytes of gradients that the optimizer in the backward pass has freed when a block's backward starts."""
-    sizes = {path: sum(p.nbytes for p in planning.network.blocks[path].parameters() if p.requires_grad) for path in paths}
+    sizes = {
+        path: sum(p.nbytes for p in planning.network.blocks[path].parameters() if p.requires_grad) for path in paths
+    }
     last_to_first, freed, result = list(reversed(paths)), 0, {}
     for path in last_to_first:
         result[path] = freed
@@ -258,12 +305,16 @@ def _step_seconds(planning: Planning, trace: StepTrace, plan: Plan, extra_s: flo
     num_parts = -(-planning.recipe.batch.size // plan.micro_batch)
     traced_parts = min(2, num_parts)
     num_parameters = sum(p.numel() for p in planning.named.values())
-    update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec) + _placement_seconds(planning, plan.optimizer)
+    update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec) + _placement_seconds(
+        planning, plan.optimizer
+    )
     return num_parts * (seconds(trace.ops, planning.spec) / traced_parts + extra_s) + update_s
 
 
 def _policies(problem: Problem, solution: Solution) -> dict:
-    return {block.path: option.policy for block, option in zip(problem.blocks, solution.chosen) if option.policy != KEEP_ALL}
+    return {
+        block.path: option.policy for block, option in zip(problem.blocks, solution.chosen) if option.policy != KEEP_ALL
+    }
 
 
 def _finished(planning: Planning, candidate: Candidate, baseline_s: float, limit_bytes: int) -> Plan:
@@ -271,11 +322,23 @@ def _finished(planning: Planning, candidate: Candidate, baseline_s: float, limit
     steps = max(1, planning.num_train // planning.recipe.batch.size)
     held = _host_state_bytes(planning, candidate.plan.optimizer)
     prediction = Prediction(
-        peak=candidate.trace.breakdown, host_bytes=candidate.trace.host_bytes + held, step_s=candidate.step_s,
-        epoch_s=candidate.step_s * steps, baseline_step_s=baseline_s, time_source="roofline",
+        peak=candidate.trace.breakdown,
+        host_bytes=candidate.trace.host_bytes + held,
+        step_s=candidate.step_s,
+        epoch_s=candidate.step_s * steps,
+        baseline_step_s=baseline_s,
+        time_source="roofline",
     )
-    plan = candidate.plan.model_copy(update={"device": planning.device, "prediction": prediction, "eval_batch": _eval_batch(planning, candidate.plan, limit_bytes)})
-    return plan.model_copy(update={"reasons": tuple(reasons_for(plan, planning.traces[(planning.recipe.batch.atom, "device")].peak_bytes))})
+    plan = candidate.plan.model_copy(
+        update={
+            "device": planning.device,
+            "prediction": prediction,
+            "eval_batch": _eval_batch(planning, candidate.plan, limit_bytes),
+        }
+    )
+    return plan.model_copy(
+        update={"reasons": tuple(reasons_for(plan, planning.traces[(planning.recipe.batch.atom, "device")].peak_bytes))}
+    )
 
 
 def _eval_batch(planning: Planning, plan: Plan, limit_bytes: int) -> int:
@@ -300,7 +363,8 @@ def _too_small(planning: Planning, limit_bytes: int) -> str:
             plan = base.model_copy(update={"optimizer": placement, "blocks": _policies(problem, solution)})
             smallest = min(smallest, trace_step(planning.network, plan, recipe).peak_bytes)
     taken = planning.budget.total_bytes - planning.budget.tensor_bytes
-    total_gib = -(-(smallest + taken) * 1.02 // (0.1 * GIB)) / 10
+    needed = 1.02 * (smallest + taken)
+    wanted = f"{math.ceil(needed / (0.1 * GIB)) / 10:.1f}G" if needed > GIB else f"{math.ceil(needed / MIB)}M"
     helps = [f"data.train_px={recipe.data.train_px * 3 // 4}"]
     if planning.batchnorm and recipe.batch.atom > 1:
         helps.append(f"batch.norm_batch={recipe.batch.atom // 2} (another classifier)")
@@ -308,7 +372,7 @@ def _too_small(planning: Planning, limit_bytes: int) -> str:
         helps.append("or --allow statistical, which splits the norm batch")
     return (
         f"--vram {format_size(planning.budget.total_bytes)} is too small for {recipe.model.name} at batch {recipe.batch.size} and "
-        f"{recipe.data.train_px} px: the leanest plan needs {format_size(smallest + taken)}. Use --vram {total_gib:.1f}G, or in the recipe "
+        f"{recipe.data.train_px} px: the leanest plan needs {format_size(smallest + taken)}. Use --vram {wanted}, or in the recipe "
         f"{', '.join(helps)}."
     )
 
@@ -323,6 +387,8 @@ def _spec_of(plan: Plan) -> DeviceSpec:
 
 def with_budget(planning: Planning, spec: DeviceSpec, vram_bytes: int) -> Planning:
     """The same planning, with all its traces, under another budget."""
-    other = replace(planning, budget=budget_for(spec, vram_bytes, planning.device), traces=planning.traces, options=planning.options)
+    other = replace(
+        planning, budget=budget_for(spec, vram_bytes, planning.device), traces=planning.traces, options=planning.options
+    )
     other.network = planning.network
     return other

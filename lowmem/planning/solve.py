@@ -94,8 +94,11 @@ class _System:
     def _run(self, costs: np.ndarray, upper: np.ndarray, whole: bool) -> np.ndarray | None:
         num = len(self.options)
         found = milp(
-            costs, constraints=self.constraints, bounds=Bounds(np.zeros(num + 2), upper),
-            integrality=np.array([int(whole)] * num + [0, 0]), options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
+            costs,
+            constraints=self.constraints,
+            bounds=Bounds(np.zeros(num + 2), upper),
+            integrality=np.array([int(whole)] * num + [0, 0]),
+            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
         )
         return found.x
 

@@ -121,7 +121,9 @@ def trace_step(network: FakeNetwork, plan: Plan, recipe: Recipe) -> StepTrace:
         step = TrainStep(network.model, recipe, plan, objective, optimizer, handle)
         step.parts = step.parts if len(step.parts) < 2 else [step.parts[0], step.parts[-1]]
         watch = _BlockWatch(network, meter)
-        meter.adopt([*network.model.parameters(), *network.model.buffers(), *backup.copies, objective.weights_K], "weights")
+        meter.adopt(
+            [*network.model.parameters(), *network.model.buffers(), *backup.copies, objective.weights_K], "weights"
+        )
         meter.adopt([optimizer.state], "optimizer")
         host_batch = _host_batch(recipe)
         try:
@@ -196,8 +198,14 @@ class _BlockWatch:
         for item in timeline.live_at(timeline.peak_time()):
             sums[CATEGORIES.get(item.label, item.label)] += item.num_bytes
         return StepTrace(
-            self.peak_bytes, MemoryBreakdown(**sums), self.moments, self.order, self.elsewhere["forward"], self.elsewhere["backward"],
-            self.meter.ops, host_bytes,
+            self.peak_bytes,
+            MemoryBreakdown(**sums),
+            self.moments,
+            self.order,
+            self.elsewhere["forward"],
+            self.elsewhere["backward"],
+            self.meter.ops,
+            host_bytes,
         )
 
     def _mark(self, following: tuple[str, str] | None) -> None:

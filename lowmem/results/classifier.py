@@ -38,8 +38,13 @@ class ClassifierInfo(BaseModel):
 def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) -> ClassifierInfo:
     """The facts of a recipe's classifier; mean and std are those that the initial weights were made for."""
     return ClassifierInfo(
-        architecture=recipe.model.name, classes=classes, train_px=recipe.data.train_px, test_px=recipe.data.test_px,
-        crop_frac=recipe.data.crop_frac, mean=tuple(model.pretrained_cfg["mean"]), std=tuple(model.pretrained_cfg["std"]),
+        architecture=recipe.model.name,
+        classes=classes,
+        train_px=recipe.data.train_px,
+        test_px=recipe.data.test_px,
+        crop_frac=recipe.data.crop_frac,
+        mean=tuple(model.pretrained_cfg["mean"]),
+        std=tuple(model.pretrained_cfg["std"]),
     )
 
 
@@ -50,9 +55,14 @@ def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> Non
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     config = {
-        "num_classes": len(info.classes), "label_names": list(info.classes),
-        "input_size": [3, info.train_px, info.train_px], "test_input_size": [3, info.test_px, info.test_px],
-        "mean": list(info.mean), "std": list(info.std), "crop_pct": info.crop_frac, "test_crop_pct": info.crop_frac,
+        "num_classes": len(info.classes),
+        "label_names": list(info.classes),
+        "input_size": [3, info.train_px, info.train_px],
+        "test_input_size": [3, info.test_px, info.test_px],
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "crop_pct": info.crop_frac,
+        "test_crop_pct": info.crop_frac,
         "interpolation": "bilinear",
     }
     contiguous = model.register_state_dict_post_hook(_make_contiguous)
@@ -71,18 +81,26 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierInfo]:
     """The classifier of a run folder or of a classifier folder, on the CPU, in evaluation mode; raises LowmemError."""
     folder = path / "classifier" if (path / "classifier").is_dir() else path
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise LowmemError(f"{path}: holds no classifier ({CONFIG} and {WEIGHTS}). Give the folder of a run that finished an epoch, or its classifier/.")
+        raise LowmemError(
+            f"{path}: holds no classifier ({CONFIG} and {WEIGHTS}). Give the folder of a run that finished an epoch, or its classifier/."
+        )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         facts = config["pretrained_cfg"]
         info = ClassifierInfo(
-            architecture=config["architecture"], classes=tuple(facts["label_names"]), train_px=facts["input_size"][1],
-            test_px=facts.get("test_input_size", facts["input_size"])[1], crop_frac=facts.get("crop_pct", 1.0),
-            mean=tuple(facts["mean"]), std=tuple(facts["std"]),
+            architecture=config["architecture"],
+            classes=tuple(facts["label_names"]),
+            train_px=facts["input_size"][1],
+            test_px=facts.get("test_input_size", facts["input_size"])[1],
+            crop_frac=facts.get("crop_pct", 1.0),
+            mean=tuple(facts["mean"]),
+            std=tuple(facts["std"]),
         )
         model = timm.create_model(f"local-dir:{folder.resolve().as_posix()}", pretrained=True)
     except Exception as error:  # a damaged folder provokes any error in json, safetensors and timm
-        raise LowmemError(f"{folder}: damaged classifier: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}.") from error
+        raise LowmemError(
+            f"{folder}: damaged classifier: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}."
+        ) from error
     return model.eval(), info
 
 

@@ -21,7 +21,13 @@ WIDTH_IN, HEIGHT_IN, DPI = 9.0, 3.6, 110
 MAX_COUNTED_CLASSES, MAX_LABELLED_CLASSES = 15, 40
 
 
-def plot_run(history: list[EpochRow], evaluation: Evaluation, out_dir: Path, budget_bytes: int | None = None, predicted_bytes: int | None = None) -> list[Path]:
+def plot_run(
+    history: list[EpochRow],
+    evaluation: Evaluation,
+    out_dir: Path,
+    budget_bytes: int | None = None,
+    predicted_bytes: int | None = None,
+) -> list[Path]:
     """Draw every figure of a run; returns the files. `history` must not be empty."""
     out_dir.mkdir(parents=True, exist_ok=True)
     figures = {
@@ -60,7 +66,14 @@ def _curves(history: list[EpochRow]) -> Figure:
     _line(loss, epochs, [row.val_loss for row in history], VERMILION, "validation")
     _line(accuracy, epochs, [row.val_accuracy for row in history], VERMILION, "accuracy")
     _line(accuracy, epochs, [row.val_f1 for row in history], GREEN, "macro F1")
-    accuracy.plot([best.epoch], [best.val_accuracy], "o", color=VERMILION, markersize=7, label=f"best: {best.val_accuracy:.4f} in epoch {best.epoch}")
+    accuracy.plot(
+        [best.epoch],
+        [best.val_accuracy],
+        "o",
+        color=VERMILION,
+        markersize=7,
+        label=f"best: {best.val_accuracy:.4f} in epoch {best.epoch}",
+    )
     for ax, title in ((loss, "Loss"), (accuracy, "Validation")):
         _epoch_axis(ax, title)
         ax.legend(frameon=False, fontsize=9)
@@ -95,8 +108,15 @@ def _confusion(evaluation: Evaluation) -> Figure:
         ax.set_xlabel(f"class number (0 to {num - 1})")
     if num <= MAX_COUNTED_CLASSES:
         for row, column in zip(*np.nonzero(counts_KK)):
-            ax.text(column, row, f"{counts_KK[row, column]:.0f}", ha="center", va="center", fontsize=9,
-                    color="white" if shares_KK[row, column] > 0.5 else "black")
+            ax.text(
+                column,
+                row,
+                f"{counts_KK[row, column]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if shares_KK[row, column] > 0.5 else "black",
+            )
     ax.set_ylabel("true")
     ax.set_title(f"Predicted class: accuracy {evaluation.accuracy:.4f} on {evaluation.num_images} images", fontsize=11)
     return figure

@@ -99,7 +99,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     verify_checkpoint(path)
     try:
         state = RunState.model_validate_json((path / STATE).read_bytes())
-        return Checkpoint(state, safetensors.torch.load_file(path / MODEL), safetensors.torch.load_file(path / OPTIMIZER))
+        return Checkpoint(
+            state, safetensors.torch.load_file(path / MODEL), safetensors.torch.load_file(path / OPTIMIZER)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise LowmemError(f"{path / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None

@@ -79,7 +79,9 @@ class Engine:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.optimizer.state_tensors().items()}
+        return {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.optimizer.state_tensors().items()
+        }
 
     def load_tensors(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         self.model.load_state_dict(model)

@@ -46,7 +46,14 @@ class Evaluation(BaseModel):
         return math.isfinite(self.loss)
 
 
-def evaluate(model: nn.Module, batches: Iterable[HostBatch], device_input: DeviceInput, plan: Plan, classes: tuple[str, ...], px: int = 0) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[HostBatch],
+    device_input: DeviceInput,
+    plan: Plan,
+    classes: tuple[str, ...],
+    px: int = 0,
+) -> Evaluation:
     """Evaluate in the plan's arithmetic; leaves the model in evaluation mode."""
     model.eval()
     num_classes = len(classes)
@@ -90,8 +97,14 @@ def _evaluation(confusion_KK: Tensor, loss_sum: float, num_top5: int, classes: t
     f1_K = 2 * hits_K / (truths_K + guesses_K).clamp(min=1)
     total = max(num_images, 1)
     return Evaluation(
-        classes=classes, num_images=num_images, px=px,
-        accuracy=float(hits_K.sum()) / total, top5=num_top5 / total, loss=loss_sum / total,
-        precision=float(precision_K[seen_K].mean()), recall=float(recall_K[seen_K].mean()), f1=float(f1_K[seen_K].mean()),
+        classes=classes,
+        num_images=num_images,
+        px=px,
+        accuracy=float(hits_K.sum()) / total,
+        top5=num_top5 / total,
+        loss=loss_sum / total,
+        precision=float(precision_K[seen_K].mean()),
+        recall=float(recall_K[seen_K].mean()),
+        f1=float(f1_K[seen_K].mean()),
         confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
     )

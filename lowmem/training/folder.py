@@ -79,7 +79,9 @@ class RunFolder:
         self.machine.write_text(machine.model_dump_json(indent=2) + "\n", encoding="utf-8")
         facts = {"root": str(dataset.root), "fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
         self.data.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        self.images.write_text("".join(f"{line}\n" for line in sorted(dataset.entries())), encoding="utf-8", errors="surrogateescape")
+        self.images.write_text(
+            "".join(f"{line}\n" for line in sorted(dataset.entries())), encoding="utf-8", errors="surrogateescape"
+        )
 
     def data_root(self) -> Path:
         """The data folder that the run was started with."""
@@ -91,10 +93,14 @@ class RunFolder:
             return
         before = set(self.images.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
         now = set(dataset.entries())
-        changes = [f"  gone or changed: {line}" for line in sorted(before - now)] + [f"  new or changed: {line}" for line in sorted(now - before)]
+        changes = [f"  gone or changed: {line}" for line in sorted(before - now)] + [
+            f"  new or changed: {line}" for line in sorted(now - before)
+        ]
         more = f"\n  and {len(changes) - NUM_LISTED} more" if len(changes) > NUM_LISTED else ""
         told = "\n".join(changes[:NUM_LISTED]).replace("\t", " ")
-        raise LowmemError(f"The images are not those that this run was started with:\n{told}{more}\nPut them back, or start a new run.")
+        raise LowmemError(
+            f"The images are not those that this run was started with:\n{told}{more}\nPut them back, or start a new run."
+        )
 
     def record(self, event: str, **facts: Any) -> None:
         """Append a line to events.jsonl."""
@@ -116,14 +122,18 @@ def new_run_folder(path: Path | None, recipe_name: str) -> RunFolder:
         if path.exists():
             path = path.with_name(f"{path.name}-{os.getpid()}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise LowmemError(f"--out {path}: exists and is not empty. Continue it with lowmem resume {path}, or name another folder.")
+        raise LowmemError(
+            f"--out {path}: exists and is not empty. Continue it with lowmem resume {path}, or name another folder."
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".probe"
         probe.write_bytes(b"lowmem")
         probe.unlink()
     except OSError as error:
-        raise LowmemError(f"--out {path}: cannot be written: {error.strerror}. Name another folder with --out.") from None
+        raise LowmemError(
+            f"--out {path}: cannot be written: {error.strerror}. Name another folder with --out."
+        ) from None
     return RunFolder(path)
 
 
@@ -131,7 +141,9 @@ def open_run_folder(path: Path) -> RunFolder:
     """The folder of an earlier run; raises LowmemError where it is none."""
     folder = RunFolder(path)
     if not folder.recipe.is_file() or not folder.plan.is_file():
-        raise LowmemError(f"{path} is not a run folder: it has no recipe.toml and plan.json. Run folders are made by lowmem train.")
+        raise LowmemError(
+            f"{path} is not a run folder: it has no recipe.toml and plan.json. Run folders are made by lowmem train."
+        )
     return folder
 
 
@@ -150,7 +162,9 @@ class RunLock:
             except FileExistsError:
                 holder = self._holder()
                 if holder is not None:
-                    raise LowmemError(f"{self.folder.path} is in use by another run (process {holder}). Wait for it or stop it.") from None
+                    raise LowmemError(
+                        f"{self.folder.path} is in use by another run (process {holder}). Wait for it or stop it."
+                    ) from None
                 self.folder.lock.unlink(missing_ok=True)
             except OSError as error:
                 raise LowmemError(f"{self.folder.path}: cannot be written: {error.strerror}.") from None

@@ -38,7 +38,9 @@ def keep_epoch(run: Run, evaluation: Evaluation) -> None:
         save_classifier(run.folder.classifier, run.engine.model, run.classifier_info)
         write_evaluation(run.folder.evaluation, evaluation)
     append_epoch(run.folder.epochs, row)
-    schedule = after_epoch(run.state.schedule, run.recipe.schedule, run.state.epoch, evaluation.accuracy, evaluation.loss)
+    schedule = after_epoch(
+        run.state.schedule, run.recipe.schedule, run.state.epoch, evaluation.accuracy, evaluation.loss
+    )
     run.change(epoch=run.state.epoch + 1, step=0, losses=(), schedule=schedule)
     save_checkpoint(run)
     run.folder.record("epoch", **vars(row), best=best)
@@ -59,7 +61,9 @@ def draw_figures(run: Run) -> None:
         return
     budget = run.plan.budget.total_bytes if run.plan.budget else None
     predicted = run.plan.prediction.peak.total if run.plan.prediction else None
-    plot_run(read_history(run.folder.epochs), read_evaluation(run.folder.evaluation), run.folder.figures, budget, predicted)
+    plot_run(
+        read_history(run.folder.epochs), read_evaluation(run.folder.evaluation), run.folder.figures, budget, predicted
+    )
 
 
 def epoch_row(run: Run, evaluation: Evaluation) -> EpochRow:
@@ -67,11 +71,20 @@ def epoch_row(run: Run, evaluation: Evaluation) -> EpochRow:
     steps = run.steps_per_epoch - clock.first_step
     seconds = time.perf_counter() - clock.started
     return EpochRow(
-        epoch=state.epoch, train_loss=math.fsum(state.losses) / len(state.losses),
-        val_loss=evaluation.loss, val_accuracy=evaluation.accuracy, val_precision=evaluation.precision,
-        val_recall=evaluation.recall, val_f1=evaluation.f1,
-        lr=learning_rate(state.schedule, run.recipe.schedule, state.epoch, run.steps_per_epoch - 1, run.steps_per_epoch),
-        seconds=round(seconds, 3), train_s=round(clock.train_s, 3), eval_s=round(seconds - clock.train_s, 3),
-        wait_data_s=round(clock.wait_data_s, 3), images_per_s=round(steps * run.recipe.batch.size / max(clock.train_s, 1e-9), 1),
+        epoch=state.epoch,
+        train_loss=math.fsum(state.losses) / len(state.losses),
+        val_loss=evaluation.loss,
+        val_accuracy=evaluation.accuracy,
+        val_precision=evaluation.precision,
+        val_recall=evaluation.recall,
+        val_f1=evaluation.f1,
+        lr=learning_rate(
+            state.schedule, run.recipe.schedule, state.epoch, run.steps_per_epoch - 1, run.steps_per_epoch
+        ),
+        seconds=round(seconds, 3),
+        train_s=round(clock.train_s, 3),
+        eval_s=round(seconds - clock.train_s, 3),
+        wait_data_s=round(clock.wait_data_s, 3),
+        images_per_s=round(steps * run.recipe.batch.size / max(clock.train_s, 1e-9), 1),
         peak_bytes=run.engine.enforcement.peak_bytes,
     )

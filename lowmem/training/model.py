@@ -83,11 +83,18 @@ def load_weights(model: nn.Module, path: Path) -> LoadedWeights:
     given = {name: tensor for name, tensor in given.items() if name not in fresh}
     missing = sorted(set(own) - set(given) - set(fresh))
     unknown = sorted(set(given) - set(own))
-    wrong = [f"{name} {tuple(t.shape)} for {tuple(own[name].shape)}" for name, t in given.items() if name in own and t.shape != own[name].shape]
+    wrong = [
+        f"{name} {tuple(t.shape)} for {tuple(own[name].shape)}"
+        for name, t in given.items()
+        if name in own and t.shape != own[name].shape
+    ]
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown or wrong:
-        parts = [f"{title} {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
-                 for title, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong)) if names]
+        parts = [
+            f"{title} {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+            for title, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+            if names
+        ]
         raise LowmemError(f"{path}: these are not weights of this model: {'; '.join(parts)}.")
     model.load_state_dict(given, strict=False)
     return LoadedWeights(f"{path.name}, {len(given)} tensors", fresh)
@@ -166,7 +173,9 @@ def _matched_by_order(given: dict[str, Tensor], own: dict[str, Tensor], path: Pa
     own_names = [name for name in own if not name.endswith("num_batches_tracked")]
     tensors = [tensor for name, tensor in given.items() if not name.endswith("num_batches_tracked")]
     if len(own_names) != len(tensors):
-        raise LowmemError(f"{path}: no tensor has a name that this model knows, and {len(tensors)} tensors are not its {len(own_names)}.")
+        raise LowmemError(
+            f"{path}: no tensor has a name that this model knows, and {len(tensors)} tensors are not its {len(own_names)}."
+        )
     return dict(zip(own_names, tensors))
 
 

@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from lowmem.data.device_input import DeviceInput
 from lowmem.data.folder import Dataset
 from lowmem.data.loader import Loader
@@ -78,7 +77,9 @@ class Run:
             return
         self._shown = now
         images = (self.state.step - self.clock.first_step) * self.recipe.batch.size
-        self.progress.step(self.state.step, loss, lr, images / (now - self.clock.started), self.engine.enforcement.peak_bytes)
+        self.progress.step(
+            self.state.step, loss, lr, images / (now - self.clock.started), self.engine.enforcement.peak_bytes
+        )
 
     def not_finite(self, loss: float, step: int) -> LowmemError:
         return LowmemError(
@@ -107,13 +108,15 @@ class Run:
     def use_leaner_plan(self, error: OutOfBudgetError) -> None:
         """Go on under the next leaner plan; raises LowmemError where there is none."""
         where = f"step {self.state.step + 1} of epoch {self.state.epoch}"
-        plan = leaner_plan(self.plan, self.recipe, num_classes=len(self.dataset.classes), num_train=len(self.dataset.train))
-        self.progress.warn(f"Out of memory in {where}; nothing is lost. The run goes on under a leaner plan: {plan.reasons[0]}")
+        plan = leaner_plan(
+            self.plan, self.recipe, num_classes=len(self.dataset.classes), num_train=len(self.dataset.train)
+        )
+        self.progress.warn(
+            f"Out of memory in {where}; nothing is lost. The run goes on under a leaner plan: {plan.reasons[0]}"
+        )
         self.folder.record("leaner_plan", epoch=self.state.epoch, step=self.state.step, error=str(error))
         self.plan = plan
         self.engine.adopt(plan)
         if not error.rolled_back:
             self.restore(newest_checkpoint(self.folder.checkpoints)[1])
         plan.save(self.folder.plan)
-
-

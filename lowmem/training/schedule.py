@@ -50,7 +50,9 @@ def at_epoch_start(state: ScheduleState, schedule: ScheduleRecipe, epoch: int) -
     return state
 
 
-def after_epoch(state: ScheduleState, schedule: ScheduleRecipe, epoch: int, accuracy: float, loss: float) -> ScheduleState:
+def after_epoch(
+    state: ScheduleState, schedule: ScheduleRecipe, epoch: int, accuracy: float, loss: float
+) -> ScheduleState:
     """The state after an epoch's validation."""
     best_epoch = is_best(state, accuracy, loss)
     better_accuracy = _above(accuracy, state.best_accuracy)
@@ -78,7 +80,9 @@ def is_best(state: ScheduleState, accuracy: float, loss: float) -> bool:
         return False
     if state.best_accuracy is None or accuracy > state.best_accuracy:
         return True
-    return accuracy == state.best_accuracy and loss < (math.inf if state.best_accuracy_loss is None else state.best_accuracy_loss)
+    return accuracy == state.best_accuracy and loss < (
+        math.inf if state.best_accuracy_loss is None else state.best_accuracy_loss
+    )
 
 
 def stops_early(state: ScheduleState, schedule: ScheduleRecipe) -> bool:

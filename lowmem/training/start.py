@@ -72,12 +72,16 @@ def train_new_run(request: TrainRequest) -> int:
         progress.say(f"Initial weights: {loaded}")
         for line in plan_lines(plan):
             progress.say(line)
-        state = RunState(epoch=1, step=0, schedule=first_state(recipe), scaler=None, seed=recipe.seed, dataset=dataset.fingerprint)
+        state = RunState(
+            epoch=1, step=0, schedule=first_state(recipe), scaler=None, seed=recipe.seed, dataset=dataset.fingerprint
+        )
         run = _assemble(stack, folder, recipe, plan, dataset, model, state, progress, every_s, every_steps)
         return _train(run)
 
 
-def resume_run(path: Path, vram: str | None, data: Path | None, overrides: tuple[str, ...], checkpoint_every: str) -> int:
+def resume_run(
+    path: Path, vram: str | None, data: Path | None, overrides: tuple[str, ...], checkpoint_every: str
+) -> int:
     """Continue an earlier run from its newest good checkpoint; returns the exit code."""
     prepare_allocator()
     every_s, every_steps = parse_cadence(checkpoint_every)
@@ -92,7 +96,9 @@ def resume_run(path: Path, vram: str | None, data: Path | None, overrides: tuple
         if overrides:
             recipe = with_overrides(recipe, overrides)
             folder.recipe.write_text(recipe.to_toml(), encoding="utf-8")
-            folder.record("recipe_changed", overrides=list(overrides), epoch=checkpoint.state.epoch, step=checkpoint.state.step)
+            folder.record(
+                "recipe_changed", overrides=list(overrides), epoch=checkpoint.state.epoch, step=checkpoint.state.step
+            )
         dataset = _open_data(recipe, data or folder.data_root(), progress)
         folder.check_same_data(dataset, checkpoint.state.dataset)
         if vram is not None:
@@ -134,7 +140,9 @@ def _open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset
     for warning in dataset.warnings:
         progress.warn(warning)
     if len(dataset.train) < recipe.batch.size:
-        raise LowmemError(f"There are {len(dataset.train)} training images, fewer than one batch of {recipe.batch.size}. Use --set batch.size={len(dataset.train)} or less.")
+        raise LowmemError(
+            f"There are {len(dataset.train)} training images, fewer than one batch of {recipe.batch.size}. Use --set batch.size={len(dataset.train)} or less."
+        )
     return dataset
 
 
@@ -142,12 +150,30 @@ def _plan(request: TrainRequest, recipe: Recipe, spec: DeviceSpec, device: torch
     if request.plan_file is not None:
         return load_plan(request.plan_file)
     ram = parse_size(request.ram) if request.ram else None
-    return make_plan(recipe, spec, str(device), parse_size(request.vram), ram_bytes=ram, num_classes=len(dataset.classes),
-                     num_train=len(dataset.train), allow=request.allow)
+    return make_plan(
+        recipe,
+        spec,
+        str(device),
+        parse_size(request.vram),
+        ram_bytes=ram,
+        num_classes=len(dataset.classes),
+        num_train=len(dataset.train),
+        allow=request.allow,
+    )
 
 
-def _assemble(stack: ExitStack, folder: RunFolder, recipe: Recipe, plan: Plan, dataset: Dataset, model: torch.nn.Module,
-              state: RunState, progress: Progress, every_s: float, every_steps: int) -> Run:
+def _assemble(
+    stack: ExitStack,
+    folder: RunFolder,
+    recipe: Recipe,
+    plan: Plan,
+    dataset: Dataset,
+    model: torch.nn.Module,
+    state: RunState,
+    progress: Progress,
+    every_s: float,
+    every_steps: int,
+) -> Run:
     if plan.loader.torch_threads:
         torch.set_num_threads(plan.loader.torch_threads)
     engine = Engine(model, recipe, plan, torch.from_numpy(dataset.train.counts(len(dataset.classes))))
@@ -157,12 +183,23 @@ def _assemble(stack: ExitStack, folder: RunFolder, recipe: Recipe, plan: Plan, d
     val_pixels = EvalPixels(dataset.val, data.val_px, data.crop_frac)
     norm = Normalisation(info.mean, info.std)
     return Run(
-        folder=folder, recipe=recipe, plan=plan, dataset=dataset, engine=engine,
-        train_loader=stack.enter_context(Loader(dataset.train, train_pixels, data.train_px, recipe.batch.size, plan.loader, recipe.seed)),
+        folder=folder,
+        recipe=recipe,
+        plan=plan,
+        dataset=dataset,
+        engine=engine,
+        train_loader=stack.enter_context(
+            Loader(dataset.train, train_pixels, data.train_px, recipe.batch.size, plan.loader, recipe.seed)
+        ),
         val_loader=stack.enter_context(Loader(dataset.val, val_pixels, data.val_px, plan.eval_batch, plan.loader)),
         device_input=DeviceInput(norm, engine.device, plan.memory_format, recipe.mixup, recipe.seed),
-        classifier_info=info, progress=progress, state=state, stop=stack.enter_context(StopRequest()),
-        steps_per_epoch=len(dataset.train) // recipe.batch.size, checkpoint_every_s=every_s, checkpoint_every_steps=every_steps,
+        classifier_info=info,
+        progress=progress,
+        state=state,
+        stop=stack.enter_context(StopRequest()),
+        steps_per_epoch=len(dataset.train) // recipe.batch.size,
+        checkpoint_every_s=every_s,
+        checkpoint_every_steps=every_steps,
     )
 
 
@@ -173,12 +210,16 @@ def _train(run: Run) -> int:
         train(run)
     except StoppedError:
         run.progress.close()
-        run.progress.say(f"Stopped after step {run.state.step} of epoch {run.state.epoch}. Continue with: lowmem resume {run.folder.path}")
+        run.progress.say(
+            f"Stopped after step {run.state.step} of epoch {run.state.epoch}. Continue with: lowmem resume {run.folder.path}"
+        )
         return EXIT_STOPPED
     finally:
         thaw_garbage()
     best = run.state.schedule
     run.progress.close()
-    run.progress.say(f"Best epoch {best.best_epoch}: validation accuracy {best.best_accuracy:.4f}, loss {best.best_accuracy_loss:.4f}")
+    run.progress.say(
+        f"Best epoch {best.best_epoch}: validation accuracy {best.best_accuracy:.4f}, loss {best.best_accuracy_loss:.4f}"
+    )
     run.progress.say(f"Classifier: {run.folder.classifier}   Report: {run.folder.path / 'report.html'}")
     return EXIT_DONE

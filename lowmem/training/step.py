@@ -42,7 +42,9 @@ def micro_batches(batch_size: int, atom_size: int, micro_batch: int) -> list[Mic
     parts: list[MicroBatch] = []
     for atom, first in enumerate(range(0, batch_size, atom_size)):
         end = min(first + atom_size, batch_size)
-        parts += [MicroBatch(atom, first, start, min(start + micro_batch, end)) for start in range(first, end, micro_batch)]
+        parts += [
+            MicroBatch(atom, first, start, min(start + micro_batch, end)) for start in range(first, end, micro_batch)
+        ]
     return parts
 
 
@@ -53,12 +55,20 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, plan: Plan, objective: Objective, optimizer: PlacedOptimizer, policies: PolicyHandle
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        plan: Plan,
+        objective: Objective,
+        optimizer: PlacedOptimizer,
+        policies: PolicyHandle,
     ) -> None:
         self.model, self.recipe, self.plan = model, recipe, plan
         self.objective, self.optimizer, self.policies = objective, optimizer, policies
         if plan.optimizer.endswith("backward") and plan.amp_dtype == "fp16":
-            raise LowmemError("The optimizer cannot run in the backward pass with fp16, whose scaler needs all gradients at once.")
+            raise LowmemError(
+                "The optimizer cannot run in the backward pass with fp16, whose scaler needs all gradients at once."
+            )
         self.scaler = torch.amp.GradScaler(torch.device(plan.device).type) if plan.amp_dtype == "fp16" else None
         self.statistics = AtomStatistics(model, recipe.batch.num_atoms)
         self.parts = micro_batches(recipe.batch.size, recipe.batch.atom, plan.micro_batch)
@@ -76,7 +86,9 @@ class TrainStep:
         self.optimizer.update(self.scaler, self.recipe.optimizer.clip_norm)
         return loss
 
-    def _forward_backward(self, batch: DeviceBatch, part: MicroBatch, total_weight: Tensor, epoch: int, step: int) -> Tensor:
+    def _forward_backward(
+        self, batch: DeviceBatch, part: MicroBatch, total_weight: Tensor, epoch: int, step: int
+    ) -> Tensor:
         self.statistics.begin_atom(part.atom)
         rows = slice(part.start - part.first, part.stop - part.first) if self.masks_by_row else None
         with atom_masks(self.recipe.seed, epoch, step, part.atom, rows, self.recipe.batch.atom):

@@ -27,7 +27,9 @@ def draws(**values):
 def test_hue_is_true_to_hsv(photo, shift):
     literal = TF.adjust_hue(photo, shift / 255)
     assert decibels(hue_shifted(photo, shift), literal) > 42
-    assert decibels(photo, literal) < decibels(hue_shifted(photo, shift), literal) - 6, "leaving hue out is much further off"
+    assert decibels(photo, literal) < decibels(hue_shifted(photo, shift), literal) - 6, (
+        "leaving hue out is much further off"
+    )
 
 
 def test_no_hue_shift_is_no_change():
@@ -35,10 +37,16 @@ def test_no_hue_shift_is_no_change():
 
 
 @pytest.mark.parametrize("photo", PHOTOS)
-@pytest.mark.parametrize(("brightness", "contrast", "saturation", "grey"), [(0.85, 1.15, 1.1, False), (1.1, 0.9, 0.8, False), (0.9, 1.1, 1.0, True)])
+@pytest.mark.parametrize(
+    ("brightness", "contrast", "saturation", "grey"),
+    [(0.85, 1.15, 1.1, False), (1.1, 0.9, 0.8, False), (0.9, 1.1, 1.0, True)],
+)
 def test_colour_as_one_matrix_is_close_to_the_literal_operations(photo, brightness, contrast, saturation, grey):
     recipe = AugmentRecipe(brightness=0.2, contrast=0.2, saturation=0.2, grey_prob=1.0 if grey else 0.0)
-    u = {name: (factor - 1) / 0.4 + 0.5 for name, factor in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))}
+    u = {
+        name: (factor - 1) / 0.4 + 0.5
+        for name, factor in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))
+    }
     literal = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(photo, brightness), contrast), saturation)
     if grey:
         literal = TF.rgb_to_grayscale(literal, 3)
@@ -60,7 +68,9 @@ def test_blur_after_the_crop_is_close_to_blur_before_it(photo):
 
 def test_pixels_depend_on_seed_epoch_and_index_alone(tmp_path):
     PHOTOS[0].save(tmp_path / "a.jpg")
-    recipe = AugmentRecipe(blur_prob=0.5, sharpen_prob=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, grey_prob=0.1)
+    recipe = AugmentRecipe(
+        blur_prob=0.5, sharpen_prob=0.5, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, grey_prob=0.1
+    )
     one = augmented(tmp_path / "a.jpg", recipe, 64, Draws(0, 1, 2))
     np.random.seed(5)
     assert np.array_equal(one, augmented(tmp_path / "a.jpg", recipe, 64, Draws(0, 1, 2)))
@@ -71,7 +81,9 @@ def test_pixels_depend_on_seed_epoch_and_index_alone(tmp_path):
 def test_an_operation_that_is_switched_off_moves_no_other_draw(tmp_path):
     PHOTOS[0].save(tmp_path / "a.png")
     plain = augmented(tmp_path / "a.png", AugmentRecipe(), 64, Draws(0, 1, 2))
-    nearly_plain = augmented(tmp_path / "a.png", AugmentRecipe(sharpen_prob=1.0, sharpen_factor=1.0), 64, Draws(0, 1, 2))
+    nearly_plain = augmented(
+        tmp_path / "a.png", AugmentRecipe(sharpen_prob=1.0, sharpen_factor=1.0), 64, Draws(0, 1, 2)
+    )
     assert np.array_equal(plain, nearly_plain)
 
 

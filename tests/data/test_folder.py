@@ -106,16 +106,23 @@ def test_warnings_for_duplicates_imbalance_and_missing_validation(tmp_path, cach
     save(root / "train" / "c" / "only.png", seed=7)
     flat(root / "val", ("a",), 1)  # the same pixels as train/a/0.png
     told = " ".join(open_dataset(root, 0.2, 0, cache_dir=cache).warnings)
-    assert "1 validation images are also in train" in told and "Unbalanced" in told and "2 of 3 classes have no validation" in told
+    assert (
+        "1 validation images are also in train" in told
+        and "Unbalanced" in told
+        and "2 of 3 classes have no validation" in told
+    )
 
 
-@pytest.mark.parametrize(("make", "expected"), [
-    (lambda root: None, "no such folder"),
-    (lambda root: root.write_text("x"), "is a file"),
-    (lambda root: root.mkdir(), "no images in class folders"),
-    (lambda root: flat(root, ("only",)), "one class only"),
-    (lambda root: save(root / "loose.png"), "no images in class folders"),
-])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.write_text("x"), "is a file"),
+        (lambda root: root.mkdir(), "no images in class folders"),
+        (lambda root: flat(root, ("only",)), "one class only"),
+        (lambda root: save(root / "loose.png"), "no images in class folders"),
+    ],
+)
 def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, cache, make, expected):
     root = tmp_path / "d"
     make(root)

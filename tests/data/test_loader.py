@@ -33,7 +33,11 @@ def stream(split, plan, pixels=None, epochs=(1, 2), start=0):
 
 
 INLINE = LoaderPlan(kind="inline", workers=0)
-PLANS = [LoaderPlan(kind="threads", workers=1, prefetch_batches=1), LoaderPlan(kind="threads", workers=2), LoaderPlan(kind="threads", workers=4, prefetch_batches=5)]
+PLANS = [
+    LoaderPlan(kind="threads", workers=1, prefetch_batches=1),
+    LoaderPlan(kind="threads", workers=2),
+    LoaderPlan(kind="threads", workers=4, prefetch_batches=5),
+]
 
 
 def test_the_stream_is_the_same_for_all_workers_and_prefetches(split):
@@ -91,7 +95,10 @@ def test_a_file_that_disappears_is_named(split):
     def pixels(epoch, index):
         raise FileNotFoundError("gone")
 
-    with Loader(split, pixels, 32, 48, PLANS[1], shuffle_seed=0) as loader, pytest.raises(LowmemError, match="can no longer be read"):
+    with (
+        Loader(split, pixels, 32, 48, PLANS[1], shuffle_seed=0) as loader,
+        pytest.raises(LowmemError, match="can no longer be read"),
+    ):
         list(loader.batches(1))
 
 
@@ -115,7 +122,11 @@ def test_device_input_normalises_and_mixes(split, memory_format):
     mean, std = torch.tensor(norm.mean).view(1, 3, 1, 1), torch.tensor(norm.std).view(1, 3, 1, 1)
     expected_BCHW = (batch.images_BHWC.permute(0, 3, 1, 2).float() / 255 - mean) / std
     assert torch.allclose(plain_BCHW, expected_BCHW, atol=1e-5)
-    assert plain_BCHW.is_contiguous(memory_format=torch.channels_last if memory_format == "channels_last" else torch.contiguous_format)
+    assert plain_BCHW.is_contiguous(
+        memory_format=torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    )
     mixed, draw = mixing.prepare(batch, 1, 0), draw_mixup(MixupRecipe(prob=1.0), 3, 1, 0, 8)
-    assert torch.allclose(mixed.images_BCHW, draw.lam * plain_BCHW + (1 - draw.lam) * plain_BCHW[draw.partner_B], atol=1e-5)
+    assert torch.allclose(
+        mixed.images_BCHW, draw.lam * plain_BCHW + (1 - draw.lam) * plain_BCHW[draw.partner_B], atol=1e-5
+    )
     assert torch.equal(mixed.targets.partner_labels_B, batch.labels_B[draw.partner_B]) and mixed.targets.lam == draw.lam

@@ -21,17 +21,33 @@ NUM_CLASSES = 3
 BLOCKS = {
     "test_resnet": ("layer1.0", "layer2.0", "layer3.0", "layer4.0"),
     "test_efficientnet": ("blocks.0.0", "blocks.1.0", "blocks.2.0", "blocks.3.0", "blocks.4.0"),
-    "test_convnext": ("stages.0.blocks.0", "stages.1.blocks.0", "stages.2.blocks.0", "stages.2.blocks.1", "stages.3.blocks.0"),
+    "test_convnext": (
+        "stages.0.blocks.0",
+        "stages.1.blocks.0",
+        "stages.2.blocks.0",
+        "stages.2.blocks.1",
+        "stages.3.blocks.0",
+    ),
     "test_vit": ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5"),
 }
 
 
-def make_recipe(name: str, size: int = 4, norm_batch: int | None = None, dropout: float = 0.0, drop_path: float = 0.0,
-                freeze: bool = False, clip_norm: float | None = None, px: int = 48) -> Recipe:
+def make_recipe(
+    name: str,
+    size: int = 4,
+    norm_batch: int | None = None,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    freeze: bool = False,
+    clip_norm: float | None = None,
+    px: int = 48,
+) -> Recipe:
     return Recipe(
         model=ModelRecipe(name=name, weights="none", dropout=dropout, drop_path=drop_path, freeze_batchnorm=freeze),
-        data=DataRecipe(train_px=px), batch=BatchRecipe(size=size, norm_batch=norm_batch),
-        optimizer=OptimizerRecipe(lr=1e-3, clip_norm=clip_norm), amp="fp32",
+        data=DataRecipe(train_px=px),
+        batch=BatchRecipe(size=size, norm_batch=norm_batch),
+        optimizer=OptimizerRecipe(lr=1e-3, clip_norm=clip_norm),
+        amp="fp32",
     )
 
 
@@ -90,7 +106,9 @@ def policies(name: str, kind: str) -> dict[str, BlockPolicy]:
     chosen = {}
     for block, keep in keepable(name).items():
         keep = keep[::2] if kind == "dropped" else keep
-        chosen[block] = BlockPolicy(recompute="selective", keep=keep, host="all" if kind == "selective_offload" else "none")
+        chosen[block] = BlockPolicy(
+            recompute="selective", keep=keep, host="all" if kind == "selective_offload" else "none"
+        )
     return chosen
 
 
@@ -102,7 +120,10 @@ def keepable(name: str) -> dict[str, tuple[int, ...]]:
     for block in BLOCKS[name]:
         _watch(model.get_submodule(block), seen.setdefault(block, []))
     model(torch.randn(2, 3, 48, 48))
-    return {block: tuple(i for i, tensor, version in outputs if tensor._version == version) for block, outputs in seen.items()}
+    return {
+        block: tuple(i for i, tensor, version in outputs if tensor._version == version)
+        for block, outputs in seen.items()
+    }
 
 
 def _watch(block: nn.Module, outputs: list[tuple[int, Tensor, int]]) -> None:

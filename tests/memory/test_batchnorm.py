@@ -90,7 +90,9 @@ def test_what_looks_across_images() -> None:
     assert not has_live_batchnorm(nn.BatchNorm2d(3).eval())
     assert has_live_batchnorm(nn.BatchNorm2d(3, track_running_stats=False).eval())
     assert has_live_batchnorm(EvoNorm2dB0(3))
-    assert not has_live_batchnorm(nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, track_running_stats=True)))
+    assert not has_live_batchnorm(
+        nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, track_running_stats=True))
+    )
 
 
 def test_backup_restores_every_bit() -> None:

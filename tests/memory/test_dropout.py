@@ -48,7 +48,9 @@ def test_without_the_rows_a_split_is_another_step() -> None:
     model = build_model(make_recipe("test_convnext", dropout=0.3, drop_path=0.4).model, 3).train()
     x = torch.randn(4, 3, 48, 48)
     whole = _gradient(model, x, [slice(0, 4)], by_row=True)
-    torch.testing.assert_close(_gradient(model, x, [slice(0, 1), slice(1, 4)], by_row=True), whole, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        _gradient(model, x, [slice(0, 1), slice(1, 4)], by_row=True), whole, rtol=1e-3, atol=1e-5
+    )
     assert float((_gradient(model, x, [slice(0, 1), slice(1, 4)], by_row=False) - whole).norm() / whole.norm()) > 0.1
 
 
@@ -83,7 +85,12 @@ def test_rows_of_windows_and_extreme_rates() -> None:
 
 def test_what_cannot_be_split_is_refused() -> None:
     x = torch.ones(2, 4, 3, 3)
-    for draw in (F.dropout2d, torch.rand_like, F.alpha_dropout, lambda t: F.scaled_dot_product_attention(t, t, t, dropout_p=0.5)):
+    for draw in (
+        F.dropout2d,
+        torch.rand_like,
+        F.alpha_dropout,
+        lambda t: F.scaled_dot_product_attention(t, t, t, dropout_p=0.5),
+    ):
         with atom_masks(0, 1, 0, 0, slice(0, 2), 2):
             draw(x)
         with atom_masks(0, 1, 0, 0, slice(0, 2), 4), pytest.raises(LowmemError, match="norm_batch"):

@@ -119,7 +119,9 @@ def _in_backward_once(engine: Engine) -> None:
 
 def test_the_same_plan_goes_on_after_a_failure() -> None:
     recipe = make_recipe("test_resnet", norm_batch=2)
-    engine = make_engine(recipe, make_plan(micro_batch=2, blocks=policies("test_resnet", "selective_offload"), budget=BUDGET))
+    engine = make_engine(
+        recipe, make_plan(micro_batch=2, blocks=policies("test_resnet", "selective_offload"), budget=BUDGET)
+    )
     _in_backward_once(engine)
     with pytest.raises(OutOfBudgetError):
         run_steps(engine, [0])
@@ -181,7 +183,9 @@ def test_counting_stops_after_a_few_runs_of_each_kind() -> None:
 
 
 def test_nothing_of_a_failed_step_stays_alive() -> None:
-    engine = make_engine(make_recipe("test_resnet"), make_plan(blocks=policies("test_resnet", "dropped"), budget=BUDGET))
+    engine = make_engine(
+        make_recipe("test_resnet"), make_plan(blocks=policies("test_resnet", "dropped"), budget=BUDGET)
+    )
     with MemoryMeter() as meter:
         run_steps(engine, [0])
         resident_bytes = meter.live_bytes

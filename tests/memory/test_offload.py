@@ -95,7 +95,9 @@ def test_buffers_are_allocated_once(name: str, kind: str) -> None:
     assert store is not None
     after_one, addresses = store.host_bytes, _addresses(store)
     assert after_one > 10_000
-    assert after_one == sum(buffer.nbytes for buffers in store.free.values() for buffer in buffers)  # all of them are back
+    assert after_one == sum(
+        buffer.nbytes for buffers in store.free.values() for buffer in buffers
+    )  # all of them are back
     run_steps(engine, [1, 2])
     assert store.host_bytes == after_one
     assert _addresses(store) == addresses
@@ -122,7 +124,9 @@ def test_what_offload_says_is_freed() -> None:
     saved_bytes = 4 * 8 * 32 * 32 * 4
     held = []
     for host in ("none", "all", (1,)):
-        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)), nn.AvgPool2d(32))
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)), nn.AvgPool2d(32)
+        )
         handle = apply_policies(model, {"1": BlockPolicy(host=host)})
         with MemoryMeter() as meter:
             y = model(torch.ones(4, 3, 32, 32))

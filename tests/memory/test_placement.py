@@ -13,7 +13,13 @@ from lowmem.memory.optimizer import BackwardOptimizer, place_optimizer
 from lowmem.planning.plan import Placement
 from lowmem.recipe import OptimizerRecipe
 
-SCALER_STEPS = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+SCALER_STEPS = {
+    "scale": 65536.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 2000,
+    "_growth_tracker": 0,
+}
 
 
 PLACEMENTS = [placement for placement in get_args(Placement) if placement != "device"]
@@ -54,7 +60,9 @@ def test_clipping_on_the_device_and_on_the_host(staging_bytes: int) -> None:
     recipe = make_recipe("test_resnet", norm_batch=2, clip_norm=0.01)
     expected = end_state(recipe, make_plan(micro_batch=2), num_steps=3)
     assert not differing(expected, end_state(recipe, make_plan(micro_batch=2, optimizer="host"), num_steps=3))
-    assert differing(expected, end_state(make_recipe("test_resnet", norm_batch=2), make_plan(micro_batch=2), num_steps=3))
+    assert differing(
+        expected, end_state(make_recipe("test_resnet", norm_batch=2), make_plan(micro_batch=2), num_steps=3)
+    )
 
 
 def test_clipping_and_fp16_are_refused_in_the_backward_pass() -> None:
@@ -113,7 +121,9 @@ def test_the_host_placement_stages_through_a_bounded_buffer(monkeypatch: pytest.
     assert sum(tensor.nbytes for tensor in optimizer.device_tensors()) == 2 * 64 * 1024 + 8 * 4
     model(torch.ones(2, 64)).sum().backward()
     with MemoryMeter() as meter:
-        meter.adopt([*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.device_tensors()], "resident")
+        meter.adopt(
+            [*model.parameters(), *(p.grad for p in model.parameters()), *optimizer.device_tensors()], "resident"
+        )
         resident = meter.live_bytes
         optimizer.update(None, None)
         assert meter.peak_bytes <= resident + 1024

@@ -9,8 +9,18 @@ from lowmem.planning.plan import LoaderPlan, Plan
 from lowmem.training.start import TrainRequest, train_new_run
 
 TINY = (
-    "model.name=test_resnet", "model.weights=none", "data.train_px=64", "data.val_px=64", "data.test_px=64", "batch.size=8",
-    "schedule.epochs=2", "amp=fp32", "augment.brightness=0.2", "augment.hue=0.05", "mixup.prob=0.5", "model.dropout=0.2",
+    "model.name=test_resnet",
+    "model.weights=none",
+    "data.train_px=64",
+    "data.val_px=64",
+    "data.test_px=64",
+    "batch.size=8",
+    "schedule.epochs=2",
+    "amp=fp32",
+    "augment.brightness=0.2",
+    "augment.hue=0.05",
+    "mixup.prob=0.5",
+    "model.dropout=0.2",
     "loss.class_weights=reciprocal",
 )
 INLINE = LoaderPlan(kind="inline", workers=0)
@@ -35,11 +45,30 @@ def train_run(photos, tmp_path):
     """Call: train `TINY` under a plan; returns the run folder."""
 
     def run(name, *overrides, **changes):
-        fields = {"device": "cpu", "device_name": "CPU", "amp_dtype": "fp32", "micro_batch": 8, "eval_batch": 8, "loader": INLINE} | changes
+        fields = {
+            "device": "cpu",
+            "device_name": "CPU",
+            "amp_dtype": "fp32",
+            "micro_batch": 8,
+            "eval_batch": 8,
+            "loader": INLINE,
+        } | changes
         plan = tmp_path / f"{name}.json"
         Plan(**fields).save(plan)
         out = tmp_path / name
-        assert train_new_run(TrainRequest(recipe="quickstart", data=photos, device="cpu", out=out, overrides=(*TINY, *overrides), plan_file=plan)) == 0
+        assert (
+            train_new_run(
+                TrainRequest(
+                    recipe="quickstart",
+                    data=photos,
+                    device="cpu",
+                    out=out,
+                    overrides=(*TINY, *overrides),
+                    plan_file=plan,
+                )
+            )
+            == 0
+        )
         return out
 
     return run
@@ -52,4 +81,6 @@ def classifier(run):
 def last_state(run):
     """Weights, statistics and optimiser state at the end of a run."""
     newest = sorted((run / "checkpoints").iterdir())[-1]
-    return safetensors.torch.load_file(newest / "model.safetensors") | safetensors.torch.load_file(newest / "optimizer.safetensors")
+    return safetensors.torch.load_file(newest / "model.safetensors") | safetensors.torch.load_file(
+        newest / "optimizer.safetensors"
+    )

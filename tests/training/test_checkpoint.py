@@ -10,7 +10,9 @@ from lowmem.training.schedule import ScheduleState
 
 def checkpoint(epoch=1, step=0):
     torch.manual_seed(epoch)
-    state = RunState(epoch=epoch, step=step, losses=(0.1, 1 / 3), schedule=ScheduleState(lr=1 / 3), scaler=None, seed=0, dataset="x")
+    state = RunState(
+        epoch=epoch, step=step, losses=(0.1, 1 / 3), schedule=ScheduleState(lr=1 / 3), scaler=None, seed=0, dataset="x"
+    )
     return Checkpoint(state, {"a": torch.randn(3, 4), "n": torch.tensor(5)}, {"exp_avg/a": torch.randn(3, 4)})
 
 

@@ -28,7 +28,13 @@ def test_a_batch_in_parts_has_the_loss_of_the_whole_and_the_mean_of_means_has_no
     total = objective.total_weight(targets)
     parts = sum(objective.loss_sum(logits_BK[i : i + 4], targets.rows(i, i + 4)) / total for i in (0, 4, 8))
     assert torch.allclose(parts, whole, rtol=1e-6)
-    means = sum(F.cross_entropy(logits_BK[i : i + 4], labels_B[i : i + 4], weight=objective.weights_K, label_smoothing=0.1) for i in (0, 4, 8)) / 3
+    means = (
+        sum(
+            F.cross_entropy(logits_BK[i : i + 4], labels_B[i : i + 4], weight=objective.weights_K, label_smoothing=0.1)
+            for i in (0, 4, 8)
+        )
+        / 3
+    )
     assert not torch.allclose(means, whole, rtol=1e-3)
 
 

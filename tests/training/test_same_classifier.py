@@ -46,10 +46,17 @@ def test_another_seed_gives_another_classifier(train_run):
 # One step in double precision, so that rounding is far below any effect.
 
 
-def one_step(order=None, micro_batch=8, norm_batch=None, frozen=False, plain_momentum=False, model="test_resnet", dropout=0.0):
+def one_step(
+    order=None, micro_batch=8, norm_batch=None, frozen=False, plain_momentum=False, model="test_resnet", dropout=0.0
+):
     """State after two steps of batch 8, with the atoms of each in the given order."""
-    recipe = Recipe.model_validate({"model": {"name": model, "weights": "none", "dropout": dropout, "freeze_batchnorm": frozen},
-                                    "batch": {"size": 8, "norm_batch": norm_batch}, "loss": {"class_weights": "reciprocal"}})
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": model, "weights": "none", "dropout": dropout, "freeze_batchnorm": frozen},
+            "batch": {"size": 8, "norm_batch": norm_batch},
+            "loss": {"class_weights": "reciprocal"},
+        }
+    )
     torch.manual_seed(0)
     net = build_model(recipe.model, 3).double().train()
     if frozen:
@@ -62,7 +69,9 @@ def one_step(order=None, micro_batch=8, norm_batch=None, frozen=False, plain_mom
         step.statistics.momenta = []
     random = torch.Generator().manual_seed(1)
     for number in range(2):
-        images_BCHW = torch.randn(8, 3, 64, 64, generator=random, dtype=torch.float64) * torch.arange(1, 9).view(8, 1, 1, 1)
+        images_BCHW = torch.randn(8, 3, 64, 64, generator=random, dtype=torch.float64) * torch.arange(1, 9).view(
+            8, 1, 1, 1
+        )
         labels_B = torch.randint(0, 3, (8,), generator=random)
         if order is not None:
             size = recipe.batch.atom
