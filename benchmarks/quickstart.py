@@ -34,7 +34,9 @@ def main() -> None:
         "runs": runs,
     }
     chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"accuracy {report['mean_accuracy']:.4f} (from {min(accuracies):.4f} to {max(accuracies):.4f}, n = {len(runs)})")
+    print(
+        f"accuracy {report['mean_accuracy']:.4f} (from {min(accuracies):.4f} to {max(accuracies):.4f}, n = {len(runs)})"
+    )
 
 
 def run(seed: int) -> dict[str, float]:
@@ -42,10 +44,19 @@ def run(seed: int) -> dict[str, float]:
         out = Path(scratch) / "run"
         code = "from lowmem.cli import main; main()"
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, "train", "--vram", "8G", "--set", f"seed={seed}", "--out", str(out)], check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, "train", "--vram", "8G", "--set", f"seed={seed}", "--out", str(out)],
+            check=True,
+        )
         seconds = time.perf_counter() - started
         best = max(read_history(out / "epochs.csv"), key=lambda row: (row.val_accuracy, -row.val_loss))
-    return {"seed": seed, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss, "best_epoch": best.epoch, "seconds": round(seconds, 1)}
+    return {
+        "seed": seed,
+        "val_accuracy": best.val_accuracy,
+        "val_loss": best.val_loss,
+        "best_epoch": best.epoch,
+        "seconds": round(seconds, 1),
+    }
 
 
 if __name__ == "__main__":

@@ -51,9 +51,11 @@ def test_a_run_folder_holds_what_is_promised(run):
         "recipe.toml", "plan.json", "machine.json", "data.json", "epochs.csv", "events.jsonl", "checkpoints", "figures", "classifier",
         "evaluation.json", "report.html",
     } <= names and "run.lock" not in names  # fmt: skip
-    assert {f"{name}{suffix}" for name in ("curves", "learning_rate", "confusion", "resources") for suffix in (".png", ".svg")} == {
-        path.name for path in (run / "figures").iterdir()
-    }
+    assert {
+        f"{name}{suffix}"
+        for name in ("curves", "learning_rate", "confusion", "resources")
+        for suffix in (".png", ".svg")
+    } == {path.name for path in (run / "figures").iterdir()}
     assert len(list(csv.DictReader(open(run / "epochs.csv")))) == 2
     events = [json.loads(line)["event"] for line in open(run / "events.jsonl")]
     assert events[0] == "started" and events.count("epoch") == 2 and events[-1] == "finished"
@@ -81,9 +83,9 @@ def test_predictions_are_timms_own(run, photos, tmp_path):
     model = timm.create_model(f"local-dir:{run / 'classifier'}", pretrained=True).eval()
     facts = model.pretrained_cfg
     image = Image.open(photos / "2" / "3.png").resize((96, 96), Image.Resampling.BILINEAR, box=(10, 0, 80, 70))
-    pixels_CHW = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(facts["mean"])[:, None, None]) / torch.tensor(
-        facts["std"]
-    )[:, None, None]
+    pixels_CHW = (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(facts["mean"])[:, None, None]
+    ) / torch.tensor(facts["std"])[:, None, None]
     with torch.inference_mode():
         expected_K = model(pixels_CHW[None]).softmax(1)[0]
     row = next(row for row in rows if row["image_name"] == "2/3.png")
@@ -111,10 +113,29 @@ def test_evaluate_prints_every_metric(run, photos):
 def test_a_run_that_was_stopped_early_resumes_to_the_same_classifier(run, photos, tmp_path):
     """Three epochs in one go against two and one more."""
     whole = tmp_path / "whole"
-    assert lowmem("train", "--vram", "1G", "--device", "cpu", "--data", photos, "--out", whole, *TINY, "--set", "schedule.epochs=3").returncode == 0
+    assert (
+        lowmem(
+            "train",
+            "--vram",
+            "1G",
+            "--device",
+            "cpu",
+            "--data",
+            photos,
+            "--out",
+            whole,
+            *TINY,
+            "--set",
+            "schedule.epochs=3",
+        ).returncode
+        == 0
+    )
     done = lowmem("resume", run, "--set", "schedule.epochs=3")
     assert done.returncode == 0, done.stderr
-    a, b = (safetensors.torch.load_file(sorted((folder / "checkpoints").iterdir())[-1] / "model.safetensors") for folder in (whole, run))
+    a, b = (
+        safetensors.torch.load_file(sorted((folder / "checkpoints").iterdir())[-1] / "model.safetensors")
+        for folder in (whole, run)
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -148,7 +169,16 @@ def test_an_output_folder_in_use_is_refused(run, photos):
 
 
 def test_a_budget_that_binds_recomputes_and_verify_agrees():
-    arguments = ["--device", "cpu", "--set", "model.name=test_resnet", "--set", "model.weights=none", "--set", "model.freeze_batchnorm=false"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--set",
+        "model.name=test_resnet",
+        "--set",
+        "model.weights=none",
+        "--set",
+        "model.freeze_batchnorm=false",
+    ]
     done = lowmem("verify", "--vram", "120M", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "holds" in done.stdout and "0 of" in done.stdout and "recomputes the rest" in done.stdout

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput
@@ -67,7 +66,7 @@ def evaluate(
             with autocast(plan):
                 logits_BK = model(device_input.images(batch.images_BHWC)).float()
             loss_sum += F.cross_entropy(logits_BK, labels_B, reduction="none").double().sum()
-            confusion_KK += multiclass_confusion_matrix(logits_BK.argmax(1), labels_B, num_classes, validate_args=False)
+            confusion_KK += _confusion(labels_B, logits_BK.argmax(1), num_classes)
             num_top5 += _in_top(logits_BK, labels_B).sum()
     return _evaluation(confusion_KK.cpu(), float(loss_sum), int(num_top5), classes, px)
 
@@ -80,6 +79,12 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
 
 def read_evaluation(path: Path) -> Evaluation:
     return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _confusion(labels_B: Tensor, guesses_B: Tensor, num_classes: int) -> Tensor:
+    """int64 [K, K], counted on the device: rows are labels, columns predictions."""
+    pairs_B = labels_B * num_classes + guesses_B
+    return torch.bincount(pairs_B, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def _in_top(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

@@ -45,13 +45,15 @@ def keep_epoch(run: Run, evaluation: Evaluation) -> None:
     save_checkpoint(run)
     run.folder.record("epoch", **vars(row), best=best)
     run.progress.epoch(row, best)
-    draw_figures(run)
+    if run.figures_are_due():
+        draw_figures(run)
 
 
 def finish(run: Run) -> None:
     """Mark the run as finished and write its report."""
     run.change(finished=True)
     save_checkpoint(run)
+    draw_figures(run)
     write_report(run.folder.path)
     run.folder.record("finished", best_epoch=run.state.schedule.best_epoch)
 

@@ -20,6 +20,7 @@ from lowmem.training.folder import RunFolder
 from lowmem.training.interrupt import StopRequest
 
 SHOW_EVERY_S = 0.25
+DRAW_EVERY_S = 60.0
 
 
 class StoppedError(Exception):
@@ -57,6 +58,7 @@ class Run:
     checkpoint_every_steps: int = 0
     clock: EpochClock = field(default_factory=EpochClock)
     _shown: float = 0.0
+    _drawn: float = 0.0
     _saved: float = field(default_factory=time.monotonic)
 
     def change(self, **changes: Any) -> None:
@@ -92,6 +94,13 @@ class Run:
         if self.checkpoint_every_steps:
             return self.state.step % self.checkpoint_every_steps == 0
         return time.monotonic() - self._saved >= self.checkpoint_every_s
+
+    def figures_are_due(self) -> bool:
+        """Drawing takes about a second, so short epochs share one."""
+        due = time.monotonic() - self._drawn >= DRAW_EVERY_S
+        if due:
+            self._drawn = time.monotonic()
+        return due
 
     def checkpoint_saved(self) -> None:
         self._saved = time.monotonic()

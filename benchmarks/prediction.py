@@ -1,0 +1,157 @@
+"""Predicted against measured peak memory, on the CPU: every policy, in bf16 and fp32, over many families of networks.
+
+    python benchmarks/prediction.py --out benchmarks/results/prediction.json
+
+The prediction is the planner's trace of a whole step on fake tensors. The measurement is the CPU allocator's own record over a real step
+(torch.profiler, profile_memory), on top of what was resident before it: weights, statistics, optimizer state, the batch. The real step is
+the second one, as the first may allocate what libraries keep. Goal: median error at most 1 %, worst at most 3 %.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lowmem.data.batch import HostBatch
+from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.machine import this_machine
+from lowmem.planning.devices import device_by_name
+from lowmem.planning.network import FakeNetwork
+from lowmem.planning.options import block_options, block_signature
+from lowmem.planning.plan import RECOMPUTE_ALL, BlockPolicy, Plan
+from lowmem.planning.planner import make_plan, usable_blocks
+from lowmem.planning.trace import StepTrace, trace_step
+from lowmem.recipe import Recipe
+from lowmem.sizes import GIB, MIB
+from lowmem.training.engine import Engine
+from lowmem.training.model import build_model
+
+MODELS = {
+    "resnet18": 128, "resnet50": 128, "seresnext26d_32x4d": 128, "seresnextaa101d_32x8d": 96, "regnety_004": 128, "efficientnet_b0": 128,
+    "tf_efficientnet_lite0": 128, "mobilenetv3_small_100": 160, "convnext_atto": 128, "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224,
+    "swin_tiny_patch4_window7_224": 224, "densenet121": 128, "vgg11_bn": 96, "inception_v3": 160, "hrnet_w18_small": 128, "dla34": 128,
+    "res2net50_26w_4s": 128, "dm_nfnet_f0": 128, "mixer_s16_224": 224, "resmlp_12_224": 224, "legacy_xception": 128, "ghostnet_100": 160,
+    "rexnet_100": 128, "cspresnet50": 128, "repvgg_a0": 128, "coatnet_nano_rw_224": 224, "beit_base_patch16_224": 224, "poolformer_s12": 224,
+    "levit_128s": 224, "pvt_v2_b0": 224, "edgenext_xx_small": 160,
+}  # fmt: skip
+BATCH, CLASSES = 4, 10
+POLICIES = ("none", "selective", "full")
+CPU = device_by_name("CPU")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction.json"))
+    options.add_argument("--models", nargs="*", default=list(MODELS))
+    chosen = options.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in chosen.models:
+        for amp in ("bf16", "fp32"):
+            rows += measured_model(name, amp)
+        print(f"{name}: " + ", ".join(f"{row['error']:+.2%}" for row in rows if row["model"] == name), flush=True)
+    errors = [abs(row["error"]) for row in rows]
+    report = {
+        "command": " ".join(["python", *sys.argv]), "machine": this_machine().model_dump(), "torch_threads": torch.get_num_threads(),
+        "batch": BATCH, "n": len(rows), "models": len(chosen.models),
+        "median_error": median(errors), "worst_error": max(errors), "under_by_more_than_1_percent": sum(row["error"] > 0.01 for row in rows),
+        "median_planning_s": median(row["planning_s"] for row in rows), "rows": rows,
+    }  # fmt: skip
+    chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"median error {median(errors):.2%}, worst {max(errors):.2%}, n = {len(rows)}")
+
+
+def recipe_for(name: str, amp: str) -> Recipe:
+    px = MODELS[name]
+    data = {"train_px": px, "val_px": px, "test_px": px}
+    return Recipe.model_validate(
+        {"model": {"name": name, "weights": "none"}, "data": data, "batch": {"size": BATCH}, "amp": amp}
+    )
+
+
+def measured_model(name: str, amp: str) -> list[dict[str, Any]]:
+    """A row for each policy."""
+    recipe = recipe_for(name, amp)
+    started = time.perf_counter()
+    base = make_plan(recipe, CPU, "cpu", 1024 * GIB, num_classes=CLASSES, num_train=1000)
+    planning_s = time.perf_counter() - started
+    network = FakeNetwork(recipe, CLASSES)
+    try:
+        trace = trace_step(network, base, recipe)
+    except (RuntimeError, NotImplementedError, TypeError):
+        network = FakeNetwork(recipe, CLASSES, real_build=True)
+        trace = trace_step(network, base, recipe)
+    rows = []
+    for policy in POLICIES:
+        plan = base.model_copy(update={"blocks": policies(network, trace, base, policy)})
+        predicted = trace_step(network, plan, recipe).peak_bytes
+        found = measured_peak(recipe, plan)
+        rows.append({
+            "model": name, "amp": amp, "policy": policy, "blocks": len(plan.blocks), "predicted_mib": round(predicted / MIB, 2),
+            "measured_mib": round(found / MIB, 2), "error": found / predicted - 1, "planning_s": round(planning_s, 3),
+        })  # fmt: skip
+    return rows
+
+
+def policies(network: FakeNetwork, trace: StepTrace, plan: Plan, kind: str) -> dict[str, BlockPolicy]:
+    """The same kind of policy for every block; `selective` keeps all that a block can keep."""
+    paths = usable_blocks(trace)
+    if kind == "none":
+        return {}
+    if kind == "full":
+        return dict.fromkeys(paths, RECOMPUTE_ALL)
+    known: dict[str, BlockPolicy] = {}
+    chosen = {}
+    for path in paths:
+        signature = block_signature(network.blocks[path], trace.blocks[path])
+        if signature not in known:
+            options = [
+                option.policy for option in block_options(network, path, trace.blocks[path], plan, CPU, offload=False)
+            ]
+            known[signature] = max(
+                (o for o in options if o.recompute == "selective"), key=lambda o: len(o.keep), default=RECOMPUTE_ALL
+            )
+        chosen[path] = known[signature]
+    return chosen
+
+
+def measured_peak(recipe: Recipe, plan: Plan) -> int:
+    """Resident bytes plus the most that the allocator handed out on top of them during a real step."""
+    torch.manual_seed(0)
+    engine = Engine(
+        build_model(recipe.model, CLASSES),
+        recipe,
+        plan.model_copy(update={"budget": None}),
+        torch.ones(CLASSES, dtype=torch.int64),
+    )
+    engine.enforcement.num_counted.update({"training": 10**6})
+    device_input = DeviceInput(Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), engine.device, plan.memory_format)
+    px = recipe.data.train_px
+    batch = HostBatch(
+        torch.randint(0, 255, (BATCH, px, px, 3), dtype=torch.uint8), torch.arange(BATCH), torch.arange(BATCH)
+    )
+    engine.train_step(batch, device_input, 1, 0, 1e-4)
+    gc.collect()
+    resident = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in (*engine._resident(), *device_input.tensors(), batch.images_BHWC)
+    }
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        engine.train_step(batch, device_input, 1, 1, 1e-4)
+    live = peak = 0
+    events = (event for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    engine.close()
+    return sum(resident.values()) + peak
+
+
+if __name__ == "__main__":
+    main()
