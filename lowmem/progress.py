@@ -1,5 +1,6 @@
 """What a user sees while a run goes on: a live line in a terminal, plain lines where there is none."""
 
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,11 +54,12 @@ class PlainProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.total_epochs = self.steps_per_epoch = self.current = 0
+        self.total_epochs = self.steps_per_epoch = self.first_epoch = self.current = 0
         self.told = time.monotonic()
 
     def start(self, total_epochs: int, steps_per_epoch: int, first_epoch: int = 1) -> None:
-        self.total_epochs, self.steps_per_epoch, self.current = total_epochs, steps_per_epoch, first_epoch
+        self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+        self.first_epoch = self.current = first_epoch
 
     def begin_epoch(self, epoch: int) -> None:
         self.current = epoch
@@ -72,6 +74,8 @@ class PlainProgress:
 
     def epoch(self, row: EpochRow, best: bool) -> None:
         self.told = time.monotonic()
+        if row.epoch == self.first_epoch:
+            self._print(_EPOCH_HEADER)
         self._print(_epoch_line(row, self.total_epochs, best))
 
     def checking(self, done: int, total: int) -> None:
@@ -112,6 +116,7 @@ class LiveProgress:
 
     def start(self, total_epochs: int, steps_per_epoch: int, first_epoch: int = 1) -> None:
         self.total_epochs, self.steps_per_epoch = total_epochs, steps_per_epoch
+        self.console.print(f"[bold]{_EPOCH_HEADER}[/]")
         self._replace_task("")
 
     def begin_epoch(self, epoch: int) -> None:
@@ -124,11 +129,7 @@ class LiveProgress:
 
     def epoch(self, row: EpochRow, best: bool) -> None:
         style = "bold green" if best else ""
-        self.console.print(
-            f"[{style}]{escape(_epoch_line(row, self.total_epochs, best))}[/]"
-            if style
-            else escape(_epoch_line(row, self.total_epochs, best))
-        )
+        self.console.print(_epoch_line(row, self.total_epochs, best), style=style, markup=False)
 
     def checking(self, done: int, total: int) -> None:
         if self.task is None:
@@ -139,10 +140,18 @@ class LiveProgress:
             self.close()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text), soft_wrap=True)
+        self.console.print(self._wrapped(text), markup=False)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        self.console.print(escape(self._wrapped(f"warning: {text}")).replace("warning:", "[yellow]warning:[/]", 1))
+
+    def _wrapped(self, text: str) -> str:
+        """Lines no wider than the terminal; what continues a line is indented below it."""
+        lines = []
+        for line in text.splitlines():
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            lines += textwrap.wrap(line, self.console.width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+        return "\n".join(lines)
 
     def close(self) -> None:
         if self.task is not None:
@@ -162,8 +171,11 @@ def _step_facts(loss: float | None, lr: float, images_per_s: float, peak_bytes: 
     return f"{told}lr {lr:.2g}  {images_per_s:.0f} img/s  peak {format_size(peak_bytes)}"
 
 
+_EPOCH_HEADER = f"{'epoch':>8}  {'loss':>7}  val loss  accuracy  {'lr':>7}  img/s  {'peak':>9}  {'time':>7}"
+
+
 def _epoch_line(row: EpochRow, total_epochs: int, best: bool) -> str:
     return (
-        f"epoch {row.epoch:>{len(str(total_epochs))}}/{total_epochs}  train loss {row.train_loss:.3f}  val loss {row.val_loss:.3f}  accuracy {row.val_accuracy:.4f}  "
-        f"lr {row.lr:.2g}  {row.images_per_s:.0f} img/s  peak {format_size(row.peak_bytes)}  {row.seconds:.1f} s{'  best' if best else ''}"
+        f"{f'{row.epoch}/{total_epochs}':>8}  {row.train_loss:>7.4f}  {row.val_loss:>8.4f}  {row.val_accuracy:>8.4f}  {row.lr:>7.2g}  "
+        f"{row.images_per_s:>5.0f}  {format_size(row.peak_bytes):>9}  {f'{row.seconds:.1f} s':>7}{'  best' if best else ''}"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem.data.batch import DeviceBatch, HostBatch, Targets
 from lowmem.data.mixup import MixupDraw, draw_mixup
+from lowmem.memory.meter import host_memory
 from lowmem.recipe import MixupRecipe
 
 
@@ -51,7 +52,9 @@ class DeviceInput:
 
     def images(self, images_BHWC: Tensor) -> Tensor:
         """uint8 [B, H, W, C] in host memory -> float32 [B, C, H, W] on the device, normalised."""
-        pixels_BCHW = images_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        with host_memory():
+            host_BCHW = images_BHWC.permute(0, 3, 1, 2)
+        pixels_BCHW = host_BCHW.to(self.device, non_blocking=True)
         x_BCHW = pixels_BCHW.float() if self.channels_last else pixels_BCHW.float().contiguous()
         return x_BCHW.sub_(self.shift_C).mul_(self.scale_C)
 

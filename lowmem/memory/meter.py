@@ -115,10 +115,9 @@ class MemoryMeter(TorchDispatchMode):
         self.live_bytes += num_bytes
         if self.timeline is not None:
             self._record(address, num_bytes)
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes = self.live_bytes
-            if self.limit_bytes is not None and self.live_bytes > self.limit_bytes:
-                self._raise(num_bytes)
+        if self.limit_bytes is not None and self.live_bytes > self.limit_bytes:
+            self._raise(num_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _ignore(self, storage: Any, address: int) -> bool:
         self._live[address] = weakref.ref(storage, partial(_on_freed, weakref.ref(self), address, 0))

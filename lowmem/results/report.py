@@ -25,9 +25,9 @@ body { margin: 0 auto; max-width: 62rem; padding: 1.2rem; color: var(--ink); bac
 h1 { font-size: 1.5rem; margin: .2rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
 .cards { display: flex; flex-wrap: wrap; gap: .7rem; } .card { background: var(--soft); border-radius: .5rem; padding: .6rem 1rem; min-width: 8rem; }
 .card b { display: block; font-size: 1.35rem; color: var(--accent); } .card span { font-size: .85rem; }
-figure { margin: 1rem 0; background: #ffffff; border-radius: .5rem; padding: .5rem; overflow-x: auto; } figure svg { display: block; width: 100%; height: auto; max-width: 60rem; margin: auto; }
+figure { margin: 1rem 0; background: #ffffff; border-radius: .5rem; padding: .5rem; overflow-x: auto; } figure svg { display: block; width: 100%; min-width: 34rem; height: auto; max-width: 60rem; margin: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%; } th, td { text-align: right; padding: .25rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-tr.best td { font-weight: 700; color: var(--accent); } pre { background: var(--soft); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
+tr.best td { font-weight: 700; color: var(--accent); } pre { background: var(--soft); border-radius: .5rem; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; line-height: 1.45; }
 """
 
 

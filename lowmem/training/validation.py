@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from lowmem.data.batch import HostBatch
 from lowmem.memory.housekeeping import release_cache
 from lowmem.memory.limit import is_out_of_memory, recover
+from lowmem.memory.meter import host_memory
 from lowmem.training.evaluate import Evaluation, evaluate
 from lowmem.training.run import Run
 
@@ -44,4 +45,6 @@ def in_parts(batches: Iterator[HostBatch], batch_size: int) -> Iterator[HostBatc
     for batch in batches:
         for start in range(0, len(batch.labels_B), batch_size):
             rows = slice(start, start + batch_size)
-            yield HostBatch(batch.images_BHWC[rows], batch.labels_B[rows], batch.indices_B[rows])
+            with host_memory():
+                part = HostBatch(batch.images_BHWC[rows], batch.labels_B[rows], batch.indices_B[rows])
+            yield part
