@@ -18,6 +18,7 @@ from lowmem.data.augment import AugmentLike, Draws, augmented, evaluated
 from lowmem.data.batch import HostBatch
 from lowmem.data.folder import Split
 from lowmem.errors import LowmemError
+from lowmem.memory.meter import host_memory
 from lowmem.planning.plan import LoaderPlan
 from lowmem.randomness import generator
 
@@ -107,9 +108,10 @@ class Loader:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, epoch: int, indices: np.ndarray) -> "_Filling":
-        images_BHWC = torch.empty(
-            (len(indices), self.px, self.px, 3), dtype=torch.uint8, pin_memory=self.plan.pin_memory
-        )
+        with host_memory():
+            images_BHWC = torch.empty(
+                (len(indices), self.px, self.px, 3), dtype=torch.uint8, pin_memory=self.plan.pin_memory
+            )
         filling = _Filling(images_BHWC, indices, [])
         rows = images_BHWC.numpy()
         if self.pool is None:
@@ -124,10 +126,11 @@ class Loader:
     def _finish(self, filling: "_Filling") -> HostBatch:
         for future in filling.futures:
             future.result()
-        labels_B = torch.from_numpy(self.split.labels[filling.indices])
-        if self.plan.pin_memory:
-            labels_B = labels_B.pin_memory()
-        return HostBatch(filling.images_BHWC, labels_B, torch.from_numpy(filling.indices))
+        with host_memory():
+            labels_B = torch.from_numpy(self.split.labels[filling.indices])
+            if self.plan.pin_memory:
+                labels_B = labels_B.pin_memory()
+            return HostBatch(filling.images_BHWC, labels_B, torch.from_numpy(filling.indices))
 
     def _fill(self, rows: np.ndarray, row: int, epoch: int, index: int) -> None:
         try:
