@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,15 +18,38 @@ from lowmem.errors import LowmemError
 from lowmem.machine import choose_device
 from lowmem.planning.devices import DeviceSpec, device_by_name, device_spec, known_devices, settle_amp
 from lowmem.planning.explain import plan_lines
-from lowmem.planning.frontier import FrontierRow, frontier
+from lowmem.planning.frontier import FrontierRow, frontier, telling
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
 from lowmem.recipe import Recipe, load_recipe
-from lowmem.sizes import GIB, format_size, parse_size
+from lowmem.sizes import GIB, MIB, parse_size, short_size
 from lowmem.verification import verify
 
 ASSUMED_CLASSES, ASSUMED_IMAGES = 100, 20_700
-FRONTIER_GIB = (24, 16, 12, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.5)
+FRONTIER_GIB = (
+    24,
+    16,
+    12,
+    8,
+    6,
+    5,
+    4,
+    3.5,
+    3,
+    2.5,
+    2,
+    1.5,
+    1.25,
+    1,
+    0.75,
+    0.5,
+    0.375,
+    0.25,
+    0.1875,
+    0.125,
+    0.09375,
+    0.0625,
+)
 
 
 @dataclass(frozen=True)
@@ -68,21 +92,14 @@ def show_frontier(request: PlanRequest, out: Path | None, console: Console) -> l
     """Print time and memory over budgets; with `out`, also as JSON, PNG and SVG."""
     recipe, spec, device, classes, images = _settled(request)
     budgets = [int(gib * GIB) for gib in FRONTIER_GIB if spec.kind == "cpu" or gib * GIB <= 1.05 * spec.memory_bytes]
-    rows = frontier(recipe, spec, device, budgets, num_classes=classes, num_train=images, allow=request.allow)
-    table = Table(
-        title=f"{recipe.model.name}, batch {recipe.batch.size}, {recipe.data.train_px} px on {spec.name} (predicted)"
+    rows = telling(frontier(recipe, spec, device, budgets, num_classes=classes, num_train=images, allow=request.allow))
+    console.print(
+        f"{recipe.model.name}, batch {recipe.batch.size}, {recipe.data.train_px} px on {spec.name} (predicted)",
+        highlight=False,
     )
-    for head in (
-        "budget",
-        "peak of tensors",
-        "s / step",
-        "overhead",
-        "recomputed",
-        "on the host",
-        "optimizer",
-        "exactness",
-    ):
-        table.add_column(head, justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for head in ("budget", "peak", "s/step", "overhead", "run again", "on host", "optimizer", "exactness"):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
@@ -156,18 +173,18 @@ def _draw(rows: list[FrontierRow], spec: DeviceSpec, recipe: Recipe, out: Path) 
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     fitting = [row for row in rows if row.step_s is not None]
-    ax.plot([row.peak_bytes / GIB for row in fitting], [1000 * row.step_s for row in fitting], "o-", color="#0072B2")
+    unit, scale = ("GiB", GIB) if max((row.peak_bytes for row in fitting), default=0) >= GIB else ("MiB", MIB)
+    budgets_at: dict[tuple[float, float], list[str]] = {}
     for row in fitting:
-        ax.annotate(
-            format_size(row.budget_bytes).replace(".00", ""),
-            (row.peak_bytes / GIB, 1000 * row.step_s),
-            textcoords="offset points",
-            xytext=(6, 5),
-            fontsize=8,
-        )
-    ax.set_xlabel("predicted peak of tensors, GiB (labels: the budget)")
+        budgets_at.setdefault((row.peak_bytes / scale, 1000 * row.step_s), []).append(short_size(row.budget_bytes))
+    if budgets_at:
+        ax.plot(*zip(*budgets_at), "o-", color="#0072B2")
+    for point, budgets in budgets_at.items():
+        ax.annotate(", ".join(budgets), point, textcoords="offset points", xytext=(6, 5), fontsize=8)
+    ax.set_xlabel(f"predicted peak of tensors, {unit} (labels: the budget)")
     ax.set_ylabel("predicted ms per step")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1150 * max((row.step_s for row in fitting), default=1.0))
+    ax.margins(x=0.08)
     ax.set_title(
         f"{recipe.model.name}, batch {recipe.batch.size} at {recipe.data.train_px} px on {spec.name}", fontsize=11
     )

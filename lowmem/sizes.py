@@ -31,3 +31,9 @@ def format_size(num_bytes: float) -> str:
             decimals = 2 if value < 10 else 1 if value < 100 else 0
             return f"{value:.{decimals}f} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def short_size(num_bytes: float) -> str:
+    """The size as one types it: "8G", "3.5G", "512M"."""
+    unit, scale = ("G", GIB) if num_bytes >= GIB else ("M", MIB)
+    return f"{round(num_bytes / scale, 2):g}{unit}"

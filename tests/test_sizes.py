@@ -1,7 +1,7 @@
 import pytest
 
 from lowmem.errors import LowmemError
-from lowmem.sizes import GIB, MIB, format_size, parse_size
+from lowmem.sizes import GIB, MIB, format_size, parse_size, short_size
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,8 @@ def test_format_keeps_three_figures():
     assert format_size(96.4 * MIB) == "96.4 MiB"
     assert format_size(100) == "100 B"
     assert format_size(-MIB) == "-1.00 MiB"
+
+
+def test_short_sizes_can_be_typed_back():
+    for text in ("8G", "3.5G", "512M", "1.25G"):
+        assert short_size(parse_size(text)) == text

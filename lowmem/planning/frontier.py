@@ -8,7 +8,7 @@ from lowmem.planning.devices import DeviceSpec
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import Planning, default_ram, plan_within, with_budget
 from lowmem.recipe import Recipe
-from lowmem.sizes import format_size
+from lowmem.sizes import format_size, short_size
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class FrontierRow:
 
     def cells(self) -> tuple[str, ...]:
         if self.step_s is None or not self.baseline_step_s:
-            return format_size(self.budget_bytes), "does not fit", "", "", "", "", "", ""
+            return short_size(self.budget_bytes), "too small", "", "", "", "", "", ""
         return (
-            format_size(self.budget_bytes),
+            short_size(self.budget_bytes),
             format_size(self.peak_bytes),
             f"{self.step_s:.3f}",
             f"{self.step_s / self.baseline_step_s - 1:+.1%}",
-            f"{self.num_recomputed} of {self.num_blocks}",
+            f"{self.num_recomputed}/{self.num_blocks}",
             format_size(self.host_bytes) if self.host_bytes else "-",
-            self.optimizer,
+            self.optimizer.replace("_", ", "),
             self.exactness,
         )
 
@@ -60,12 +60,23 @@ def frontier(
         if planning is None:
             planning = Planning(recipe, spec, device, budget, num_classes, num_train, default_ram(), allow)
         planning = with_budget(planning, spec, vram_bytes)
-        try:
-            plan = plan_within(planning, budget.tensor_bytes)
-        except LowmemError:
-            plan = None
-        rows.append((vram_bytes, budget.tensor_bytes, plan))
+        fits = not rows or rows[-1][2] is not None
+        rows.append((vram_bytes, budget.tensor_bytes, _plan_or_none(planning, budget.tensor_bytes) if fits else None))
     return [_row(vram, room, _cheapest(rows[number:])) for number, (vram, room, _) in enumerate(rows)]
+
+
+def telling(rows: list[FrontierRow]) -> list[FrontierRow]:
+    """Rows without those that say what the next one says: larger budgets that need nothing, smaller ones that nothing fits."""
+    free = sum(row.step_s is not None and row.step_s == row.baseline_step_s for row in rows)
+    fitting = sum(row.step_s is not None for row in rows)
+    return rows[max(0, free - 1) : fitting + 1]
+
+
+def _plan_or_none(planning: Planning, tensor_bytes: int) -> Plan | None:
+    try:
+        return plan_within(planning, tensor_bytes)
+    except LowmemError:
+        return None
 
 
 def _cheapest(rows: list[tuple[int, int, Plan | None]]) -> Plan | None:
