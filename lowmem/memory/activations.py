@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.errors import LowmemError
 from lowmem.memory.batchnorm import batchnorms, recomputing
 from lowmem.memory.dropout import draws_random_numbers, mask_mode
-from lowmem.memory.offload import MIN_OFFLOAD_BYTES, HostStore, Ticket
+from lowmem.memory.offload import MIN_OFFLOAD_BYTES, Group, HostStore, Ticket
 from lowmem.planning.plan import BlockPolicy
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def apply_policies(model: nn.Module, policies: dict[str, BlockPolicy]) -> Policy
             raise LowmemError(
                 f"The plan names a block {path!r} that this model does not have: it was made for another model."
             ) from None
-        if policy == BlockPolicy():
+        if policy == BlockPolicy() and handle.store is None:
             continue
         block.forward = partial(_RUN[policy.recompute], block, block.forward, policy, handle.store)
         handle.blocks.append(block)
@@ -96,7 +96,9 @@ def _run_none(
 ) -> Any:
     if not torch.is_grad_enabled() or store is None:
         return forward(*args, **kwargs)
-    store.begin_block()
+    group = store.begin_block()
+    if not policy.offloads:
+        return _announced(forward(*args, **kwargs), store, group)
     saved = _SavedTensors(block, policy, store)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         return forward(*args, **kwargs)
@@ -112,7 +114,9 @@ def _run_full(
 ) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return _checkpoint(block, forward, lambda: (nullcontext(), recomputing(batchnorms(block))), args, kwargs)
+    group = store.begin_block() if store is not None else None
+    output = _checkpoint(block, forward, lambda: (nullcontext(), recomputing(batchnorms(block))), args, kwargs)
+    return _announced(output, store, group)
 
 
 def _run_selective(
@@ -125,9 +129,21 @@ def _run_selective(
 ) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if policy.offloads and store is not None:
-        store.begin_block()
-    return _checkpoint(block, forward, lambda: _selective_contexts(block, policy, store), args, kwargs)
+    group = store.begin_block() if store is not None else None
+    output = _checkpoint(block, forward, lambda: _selective_contexts(block, policy, store), args, kwargs)
+    return output if policy.offloads else _announced(output, store, group)
+
+
+def _announced(output: Any, store: HostStore | None, group: Group | None) -> Any:
+    """The output of a block that offloads nothing; when its backward pass starts, the block before it is fetched."""
+    tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+    if store is not None and group is not None and tensor is not None:
+        tensor.register_hook(partial(_fetch_ahead, store, group))
+    return output
+
+
+def _fetch_ahead(store: HostStore, group: Group, grad: Tensor) -> None:
+    store.fetch_ahead(group)
 
 
 _RUN = {"none": _run_none, "full": _run_full, "selective": _run_selective}

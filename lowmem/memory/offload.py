@@ -1,7 +1,7 @@
 """Tensors saved for the backward pass, waiting in host memory.
 
 A tensor is copied to a pinned buffer while the forward pass goes on, and fetched back ahead of its use in the backward
-pass, block by block. Host buffers are allocated once and reused (pytorch #186161: allocating them costs about 3 ms each).
+pass, block by block: every block of a plan that offloads tells the store when it begins, whether or not it offloads itself. Host buffers are allocated once and reused (pytorch #186161: allocating them costs about 3 ms each).
 On CUDA both copies run on a side stream; device memory is released one block later, after the main stream was told to wait
 for the copy, so no buffer can be reused while it is still being read. On a CPU the copies are plain, and the host's share is not
 counted by the meter.
@@ -58,11 +58,12 @@ class HostStore:
         self.host_bytes = 0
         """Host memory held, in use or waiting to be used again."""
 
-    def begin_block(self) -> None:
+    def begin_block(self) -> Group:
         """A block's forward pass starts: what the block before the last one put is released on the device."""
         if len(self.groups) > 1:
             self._release(self.groups[-2])
         self.groups.append(Group(self.groups[-1] if self.groups else None))
+        return self.groups[-1]
 
     def end_forward(self) -> None:
         """The last block is done."""
@@ -87,7 +88,7 @@ class HostStore:
 
     def get(self, ticket: Ticket) -> Tensor:
         """The tensor on the device again; it starts fetching the block before this one."""
-        self._fetch_ahead(ticket.group)
+        self.fetch_ahead(ticket.group)
         if ticket.source is not None and ticket.device_copy is None:
             self._release(Group([ticket]))
         if ticket.device_copy is None:
@@ -169,8 +170,8 @@ class HostStore:
                 )
             ticket.source = None
 
-    def _fetch_ahead(self, group: Group) -> None:
-        """The first use in a block's backward pass fetches the rest of the block and the whole block before it."""
+    def fetch_ahead(self, group: Group) -> None:
+        """A block's backward pass starts: fetch what it put, and what the block before it put."""
         for near in (group, group.before):
             if near is None or near.prefetched:
                 continue

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from lowmem.planning.plan import BlockPolicy, Plan
+from lowmem.planning.plan import KEEP_ALL, BlockPolicy, Plan
 from lowmem.sizes import format_size
 
 
@@ -43,7 +43,7 @@ def reasons_for(plan: Plan, unconstrained_bytes: int) -> list[str]:
     reasons = [
         f"With nothing recomputed or moved the step would need {format_size(unconstrained_bytes)}; {format_size(room)} are there."
     ]
-    for (policy,), paths in _runs(plan):
+    for policy, paths in _runs(plan):
         reasons.append(f"{paths}: {_policy_in_words(policy)}.")
     if plan.optimizer == "backward":
         reasons.append(
@@ -85,13 +85,14 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _runs(plan: Plan) -> list[tuple[tuple[BlockPolicy], str]]:
-    """Neighbouring blocks of one policy, as (policy, "layer3.0 to layer3.5 (6 blocks)")."""
+def _runs(plan: Plan) -> list[tuple[BlockPolicy, str]]:
+    """Neighbouring blocks of one policy that does something, as (policy, "layer3.0 to layer3.5 (6 blocks)")."""
     runs = []
     for policy, members in groupby(plan.blocks.items(), key=lambda item: item[1]):
         paths = [path for path, _ in members]
         name = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
-        runs.append(((policy,), name))
+        if policy != KEEP_ALL:
+            runs.append((policy, name))
     return runs
 
 

@@ -17,7 +17,7 @@ from lowmem.planning.explain import reasons_for
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import Option, block_options, block_signature
 from lowmem.planning.plan import KEEP_ALL, Budget, Exactness, LoaderPlan, Placement, Plan, Prediction
-from lowmem.planning.solve import BlockTerm, Problem, Solution, cheapest, leanest
+from lowmem.planning.solve import BlockTerm, Problem, Solution, cheapest, leanest, least_extra_s
 from lowmem.planning.timing import link_seconds, optimizer_seconds, seconds
 from lowmem.planning.trace import StepTrace, optimizer_bytes, trace_evaluation, trace_step
 from lowmem.recipe import Recipe
@@ -25,8 +25,10 @@ from lowmem.sizes import GIB, MIB, format_size
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "rounding", "statistical")
 MAX_TRIES = 4
-GOOD_ENOUGH = 0.04
+GOOD_ENOUGH = 0.025
 """A plan that leaves this share of the limit unused is not improved further."""
+HOPELESS = 1.1
+"""A mix that the program puts this far above the limit is not traced."""
 LEANER_FRAC = 0.93
 LARGEST_EVAL_BATCH = 128
 LINK_SHARE = 0.9
@@ -210,15 +212,14 @@ def _best_of(planning: Planning, micro_batch: int, limit_bytes: int) -> Candidat
     for placement in _placements(planning):
         plan = base.model_copy(update={"optimizer": placement})
         problem = _problem(planning, base, trace, placement)
-        solution = cheapest(problem, limit_bytes) or leanest(problem)
-        if solution is not None:
-            drafts.append((_step_seconds(planning, trace, plan, solution.extra_s), plan, problem, solution))
+        bound_s = least_extra_s(problem, limit_bytes)
+        drafts.append((bound_s is None, _step_seconds(planning, trace, plan, bound_s or 0.0), plan, problem))
     best: Candidate | None = None
-    for step_s, plan, problem, solution in sorted(
-        drafts, key=lambda draft: (draft[3].peak_bytes > limit_bytes, draft[0])
-    ):
-        if best is None or step_s < best.step_s:
-            best = _fitted(planning, plan, problem, solution, limit_bytes, trace) or best
+    for seems_too_large, bound_s, plan, problem in sorted(drafts, key=lambda draft: draft[:2]):
+        if best is None or (bound_s < best.step_s and not seems_too_large):
+            solution = leanest(problem) if seems_too_large else cheapest(problem, limit_bytes)
+            found = _fitted(planning, plan, problem, solution, limit_bytes, trace)
+            best = found if found is not None and (best is None or found.step_s < best.step_s) else best
     return best
 
 
@@ -233,7 +234,7 @@ def _fitted(
     """Trace the program's answer as a whole, and tighten or relax the limit by what the program misjudged."""
     best: Candidate | None = None
     for _ in range(MAX_TRIES):
-        if solution is None:
+        if solution is None or solution.peak_bytes > HOPELESS * limit_bytes:
             break
         step_s = _step_seconds(planning, unconstrained, base, solution.extra_s)
         if best is not None and step_s >= best.step_s:
@@ -244,7 +245,8 @@ def _fitted(
         fits = trace.peak_bytes <= limit_bytes
         if fits:
             best = Candidate(plan, trace, step_s)
-            if limit_bytes - trace.peak_bytes <= GOOD_ENOUGH * limit_bytes or misjudged >= 0:
+            filled = limit_bytes - trace.peak_bytes <= GOOD_ENOUGH * limit_bytes or misjudged >= 0
+            if filled and solution.is_cheapest:
                 break
         solution = cheapest(problem, limit_bytes - misjudged - (0 if fits else MIB))
     return best
@@ -264,11 +266,17 @@ def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placem
         )
         for path, options in zip(paths, planning.block_options(base))
     ]
-    forward_s = seconds(trace.ops, planning.spec) / 3
+    step_s = seconds(trace.ops, planning.spec)
+    forward_s = step_s / 3
     hidden_bytes = int(LINK_SHARE * forward_s * planning.spec.host_link)
     host_limit = max(0, planning.ram_bytes - _host_state_bytes(planning, placement))
     return Problem(
-        terms, trace.elsewhere_forward_peak + moved, hidden_bytes, host_limit, 2 * link_seconds(1, planning.spec)
+        terms,
+        trace.elsewhere_forward_peak + moved,
+        hidden_bytes,
+        host_limit,
+        2 * link_seconds(1, planning.spec),
+        step_s,
     )
 
 
@@ -312,8 +320,12 @@ def _step_seconds(planning: Planning, trace: StepTrace, plan: Plan, extra_s: flo
 
 
 def _policies(problem: Problem, solution: Solution) -> dict:
+    """Policies by block. Where one offloads, all are named: each tells the host store when it begins."""
+    offloads = any(option.policy.offloads for option in solution.chosen)
     return {
-        block.path: option.policy for block, option in zip(problem.blocks, solution.chosen) if option.policy != KEEP_ALL
+        block.path: option.policy
+        for block, option in zip(problem.blocks, solution.chosen)
+        if offloads or option.policy != KEEP_ALL
     }
 
 

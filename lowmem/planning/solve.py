@@ -5,7 +5,7 @@ those of the traced unconstrained step, less what earlier blocks save by their o
 a block sends to the host is released one block later, and comes back while the block after it runs its backward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -14,7 +14,8 @@ from scipy.sparse import csr_array
 from lowmem.planning.options import Option
 from lowmem.sizes import MIB
 
-GAP = 2e-3
+GAP_S_FRAC = 1e-3
+"""A mix within this share of the step's time of the best one is good enough."""
 TIME_LIMIT_S = 2.0
 TIE_BREAK_S_PER_BYTE = 1e-15
 """Of two mixes that cost the same, the one that keeps less; a microsecond for a GiB."""
@@ -40,6 +41,8 @@ class Problem:
     hidden_bytes: int
     host_limit: int
     open_copy_s: float
+    step_s: float
+    """The unconstrained step, to which the search's precision is relative."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Solution:
     peak_bytes: int
     """As the program sees it; the whole plan is traced to be sure."""
     extra_s: float
+    is_cheapest: bool = True
+    """False where the peak, and not the time, was made as small as it can be."""
 
 
 def cheapest(problem: Problem, limit_bytes: int) -> Solution | None:
@@ -57,10 +62,17 @@ def cheapest(problem: Problem, limit_bytes: int) -> Solution | None:
     return system.solve(system.costs(costs, 0.0), limit_bytes)
 
 
+def least_extra_s(problem: Problem, limit_bytes: int) -> float | None:
+    """A bound: no mix within the limit adds less time; None where there is none."""
+    system = _System(problem)
+    return system.bound(system.costs([option.extra_s for option in system.options], 0.0), limit_bytes)
+
+
 def leanest(problem: Problem) -> Solution | None:
     """The mix with the smallest peak, whatever it costs."""
     system = _System(problem)
-    return system.solve(system.costs([1e-3 * option.extra_s for option in system.options], 1.0), None)
+    found = system.solve(system.costs([1e-3 * option.extra_s for option in system.options], 1.0), None)
+    return None if found is None else replace(found, is_cheapest=False)
 
 
 class _System:
@@ -76,31 +88,44 @@ class _System:
     def costs(self, option_costs: list[float], peak_cost: float) -> np.ndarray:
         return np.array([*option_costs, peak_cost, self.problem.open_copy_s * MIB])
 
+    def bound(self, costs: np.ndarray, limit_bytes: int) -> float | None:
+        """The optimum of the relaxation."""
+        if not self.problem.blocks:
+            return 0.0 if self.problem.head_peak <= limit_bytes else None
+        relaxed = self._run(costs, self._upper(limit_bytes))
+        return None if relaxed is None else float(costs @ relaxed)
+
     def solve(self, costs: np.ndarray, limit_bytes: int | None) -> Solution | None:
         """Relaxed first; then in whole numbers, among the options that the relaxation uses for blocks of the same kind."""
         if not self.problem.blocks:
             fits = limit_bytes is None or self.problem.head_peak <= limit_bytes
             return Solution([], self.problem.head_peak, 0.0) if fits else None
-        upper = np.ones(len(costs))
-        upper[-2:] = np.inf if limit_bytes is None else limit_bytes / MIB, self.problem.host_limit / MIB
-        relaxed = self._run(costs, upper, whole=False)
+        upper = self._upper(limit_bytes)
+        relaxed = self._run(costs, upper)
         if relaxed is None:
             return None
-        found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), whole=True)
+        gap = GAP_S_FRAC * self.problem.step_s / max(float(costs @ relaxed), GAP_S_FRAC * self.problem.step_s)
+        found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), gap)
         if found is None:
-            found = self._run(costs, upper, whole=True)
+            found = self._run(costs, upper, gap)
         return None if found is None else self._solution(found)
 
-    def _run(self, costs: np.ndarray, upper: np.ndarray, whole: bool) -> np.ndarray | None:
+    def _run(self, costs: np.ndarray, upper: np.ndarray, gap: float | None = None) -> np.ndarray | None:
+        """The best vector; in whole numbers, to a relative `gap`, where one is given."""
         num = len(self.options)
         found = milp(
             costs,
             constraints=self.constraints,
             bounds=Bounds(np.zeros(num + 2), upper),
-            integrality=np.array([int(whole)] * num + [0, 0]),
-            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
+            integrality=np.array([int(gap is not None)] * num + [0, 0]),
+            options={"mip_rel_gap": gap or 0.0, "time_limit": TIME_LIMIT_S},
         )
         return found.x
+
+    def _upper(self, limit_bytes: int | None) -> np.ndarray:
+        upper = np.ones(len(self.options) + 2)
+        upper[-2:] = np.inf if limit_bytes is None else limit_bytes / MIB, self.problem.host_limit / MIB
+        return upper
 
     def _support(self, relaxed: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """1 for options worth trying: used somewhere among the blocks of a kind, or the first and the leanest of a block."""

@@ -199,3 +199,20 @@ def test_offload_frees_device_memory() -> None:
         engine.close()
     assert held["offload"] < held["none"]
     assert len(BLOCKS["test_resnet"]) == 4
+
+
+def test_what_one_block_offloads_is_released_while_the_others_run() -> None:
+    """Where all blocks are named, each tells the store when it begins; where one is, nobody does until the forward pass ends."""
+    alone = {"layer1.0": BlockPolicy(host="all")}
+    announced = dict.fromkeys(BLOCKS["test_resnet"], BlockPolicy()) | alone
+    recompute = dict.fromkeys(BLOCKS["test_resnet"], BlockPolicy(recompute="full")) | alone
+    live, states = [], []
+    for blocks in ({}, alone, announced, recompute):
+        engine = make_engine(make_recipe("test_resnet", px=160), make_plan(blocks=blocks))
+        with MemoryMeter() as meter:
+            engine.model.get_submodule("layer4.0").register_forward_pre_hook(lambda *_: live.append(meter.live_bytes))
+            run_steps(engine, [0])
+        states.append(state_of(engine))
+        engine.close()
+    assert live[0] == live[1] > live[2] > live[3]
+    assert not any(differing(states[0], state) for state in states[1:])
