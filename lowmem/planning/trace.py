@@ -77,6 +77,7 @@ class TracedOptimizer:
 
     def __init__(self, model: nn.Module, placement: Placement, meter: MemoryMeter) -> None:
         self.placement, self.meter, self.armed = placement, meter, False
+        self.behind: Tensor | None = None
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.state = torch.empty(optimizer_bytes(self.named, placement), dtype=torch.uint8)
         self.hooks = [p.register_post_accumulate_grad_hook(self._grad_is_complete) for p in self.named.values()]
@@ -97,8 +98,12 @@ class TracedOptimizer:
         item = self.meter.timeline.live_now.get(parameter.grad.untyped_storage()._cdata)
         if item is not None:
             item.label = "gradients"
-        if self.placement.endswith("backward") and self.armed:
+        if self.placement == "backward" and self.armed:
             parameter.grad = None
+        if self.placement == "host_backward" and self.armed:  # one weight behind, as HostOptimizer has it
+            if self.behind is not None:
+                self.behind.grad = None
+            self.behind = parameter
 
 
 def optimizer_bytes(named: dict[str, Any], placement: Placement) -> int:

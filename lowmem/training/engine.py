@@ -122,6 +122,7 @@ class Engine:
         yield from self.model.parameters()
         yield from self.model.buffers()
         yield from self.optimizer.device_tensors()
+        yield from self.backup.copies
         yield self.objective.weights_K
 
     def _dismantle(self) -> None:
