@@ -143,7 +143,7 @@ def resume(
     ] = "10m",
 ) -> None:
     """Continue a run that was stopped, killed or has crashed, to the same classifier."""
-    from lowmem.training.start import resume_run
+    from lowmem.training.resume import resume_run
 
     raise typer.Exit(
         resume_run(run, vram=vram, data=data, overrides=tuple(set_ or ()), checkpoint_every=checkpoint_every)

@@ -46,6 +46,9 @@ class PlacedOptimizer(Protocol):
     def state_tensors(self) -> dict[str, Tensor]:
         """The state by name: `exp_avg/WEIGHT`, `exp_avg_sq/WEIGHT`, `step/WEIGHT`."""
 
+    def iter_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one by one: a placement in chunks never gathers more than one."""
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None: ...
 
     def device_tensors(self) -> Iterable[Tensor]:
@@ -110,6 +113,9 @@ class DeviceOptimizer:
             f"{kind}/{name}": value for name, p in self.named.items() for kind, value in self.optimizer.state[p].items()
         }
 
+    def iter_state(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.state_tensors().items()
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         _copy_state(self.state_tensors(), tensors)
 
@@ -152,6 +158,9 @@ class BackwardOptimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"{kind}/{name}": value for name, state in self.state.items() for kind, value in state.items()}
+
+    def iter_state(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.state_tensors().items()
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         _copy_state(self.state_tensors(), tensors)
@@ -234,10 +243,15 @@ class HostOptimizer:
         self.lr = lr
 
     def state_tensors(self) -> dict[str, Tensor]:
+        return dict(self.iter_state())
+
+    def iter_state(self) -> Iterator[tuple[str, Tensor]]:
         if self.stream is not None:
             self.stream.synchronize()
-        whole = {f"{kind}/{name}": self._gathered(name, kind) for name in self.named for kind in STATE_NAMES}
-        return whole | {f"step/{name}": step for name, step in self.steps.items()}
+        for name in self.named:
+            for kind in STATE_NAMES:
+                yield f"{kind}/{name}", self._gathered(name, kind)
+        yield from ((f"step/{name}", step) for name, step in self.steps.items())
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         _check_names(self.state_tensors(), tensors)

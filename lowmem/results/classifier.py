@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from lowmem.disk import REAL_DISK, Disk
 from lowmem.errors import LowmemError
 from lowmem.recipe import Recipe
 
@@ -49,11 +50,9 @@ def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) 
 
 
 def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> None:
-    """Write `folder` whole: it is made aside and renamed into place."""
+    """Write `folder` whole: it is made aside, flushed and renamed into place."""
     partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     config = {
         "num_classes": len(info.classes),
         "label_names": list(info.classes),
@@ -71,9 +70,26 @@ def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> Non
     finally:
         contiguous.remove()
     _set_config(partial / CONFIG, config)
+    _move_into_place(partial, folder, REAL_DISK)
+
+
+def put_back_classifier(folder: Path) -> None:
+    """After a kill between the two renames of `save_classifier`: the older classifier in its place again."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        REAL_DISK.rename(old, folder)
+
+
+def _move_into_place(partial: Path, folder: Path, disk: Disk) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    for path in sorted(partial.iterdir()):
+        disk.sync_file(path)
+    disk.sync_folder(partial)
     if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        disk.rename(folder, old)
+    disk.rename(partial, folder)
+    disk.sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

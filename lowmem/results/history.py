@@ -1,8 +1,11 @@
 """The log of epochs: one row each, as CSV."""
 
 import csv
+import io
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+
+from lowmem.disk import replace_file
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,11 @@ class EpochRow:
 def append_epoch(path: Path, row: EpochRow) -> None:
     """Add a row; an epoch that was trained again after a crash replaces its earlier row."""
     rows = [old for old in read_history(path) if old.epoch < row.epoch] if path.is_file() else []
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(EpochRow)])
-        writer.writerows(astuple(kept) for kept in [*rows, row])
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([field.name for field in fields(EpochRow)])
+    writer.writerows(astuple(kept) for kept in [*rows, row])
+    replace_file(path, text.getvalue())
 
 
 def read_history(path: Path) -> list[EpochRow]:

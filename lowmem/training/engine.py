@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput
+from lowmem.errors import LowmemError
 from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
 from lowmem.memory.limit import enforce, is_out_of_memory, recover
@@ -84,6 +85,9 @@ class Engine:
         }
 
     def load_tensors(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Take over weights, statistics and optimizer state; raises LowmemError naming the first tensor that does not fit."""
+        _check_layout(self.model.state_dict().items(), model)
+        _check_layout(self.optimizer.iter_state(), optimizer)
         self.model.load_state_dict(model)
         self.optimizer.load_state_tensors(optimizer)
 
@@ -130,3 +134,17 @@ class Engine:
         self.optimizer.close()
         del self.optimizer, self.step, self.enforcement, self.backup
         recover()
+
+
+def _check_layout(own: Iterable[tuple[str, Tensor]], given: dict[str, Tensor]) -> None:
+    names = set()
+    for name, tensor in own:
+        names.add(name)
+        found = given.get(name)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            what = "missing" if found is None else f"{list(found.shape)} {found.dtype}"
+            raise LowmemError(
+                f"The checkpoint is not of this model: {name} is {what} instead of {list(tensor.shape)} {tensor.dtype}."
+            )
+    if set(given) - names:
+        raise LowmemError(f"The checkpoint is not of this model, which has no {min(set(given) - names)}.")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput
+from lowmem.disk import replace_file
 from lowmem.planning.plan import Plan
 from lowmem.training.step import autocast
 
@@ -72,9 +73,7 @@ def evaluate(
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(evaluation.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, evaluation.model_dump_json(indent=1) + "\n")
 
 
 def read_evaluation(path: Path) -> Evaluation:

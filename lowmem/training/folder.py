@@ -1,4 +1,4 @@
-"""The run folder: where everything that a run leaves behind is, and who is writing there."""
+"""The run folder: where everything that a run leaves behind is."""
 
 import json
 import os
@@ -8,15 +8,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lowmem.data.folder import Dataset
+from lowmem.disk import REAL_DISK, Disk, replace_file, writing
 from lowmem.errors import LowmemError
 from lowmem.machine import Machine
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.recipe import Recipe, load_recipe
+from lowmem.sizes import format_size
 
 NUM_LISTED = 20
+OWN_NAMES = {"plan.json", "machine.json", "data.json", "images.tsv", "events.jsonl", "run.lock"}
+"""What a new run writes before recipe.toml, which comes last: without it, nothing has been trained."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,48 @@ class RunFolder:
         return self.path / "run.lock"
 
     def write_facts(self, recipe: Recipe, plan: Plan, machine: Machine, dataset: Dataset) -> None:
-        self.recipe.write_text(recipe.to_toml(), encoding="utf-8")
-        plan.save(self.plan)
-        self.machine.write_text(machine.model_dump_json(indent=2) + "\n", encoding="utf-8")
         facts = {"root": str(dataset.root), "fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
-        self.data.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        self.images.write_text(
-            "".join(f"{line}\n" for line in sorted(dataset.entries())), encoding="utf-8", errors="surrogateescape"
-        )
+        with writing(self.path, "the facts of the run"):
+            self.write_plan(plan)
+            replace_file(self.machine, machine.model_dump_json(indent=2) + "\n")
+            replace_file(self.data, json.dumps(facts, indent=2) + "\n")
+            images = "".join(f"{line}\n" for line in sorted(dataset.entries()))
+            replace_file(self.images, images, errors="surrogateescape")
+            self.write_recipe(recipe)
+
+    def write_plan(self, plan: Plan) -> None:
+        with writing(self.plan, "the plan"):
+            replace_file(self.plan, plan.model_dump_json(indent=2) + "\n")
+
+    def write_recipe(self, recipe: Recipe, note: str = "") -> None:
+        """Write recipe.toml; notes of changes made on purpose stay at its top, oldest first."""
+        notes = []
+        if self.recipe.is_file():
+            lines = self.recipe.read_text(encoding="utf-8").splitlines()
+            notes = [line for line in lines if line.startswith("# ")]
+        notes += [f"# {note}"] if note else []
+        with writing(self.recipe, "the recipe"):
+            replace_file(self.recipe, "".join(f"{line}\n" for line in notes) + recipe.to_toml())
+
+    def refuse_too_small(self, checkpoint_bytes: int, classifier_bytes: int, disk: Disk = REAL_DISK) -> None:
+        """Raises LowmemError where the disk has no room for the checkpoints and classifiers that exist at the same time."""
+        held = sum(p.stat().st_size for p in self.path.rglob("*.safetensors")) if self.path.is_dir() else 0
+        needed = 3 * checkpoint_bytes + 2 * classifier_bytes
+        free = disk.free_bytes(self.path) + held
+        if free < needed:
+            raise LowmemError(
+                f"{self.path}: the disk is too small: three checkpoints and two classifiers, which exist for a moment at the same time, "
+                f"need {format_size(needed)} ({needed} bytes); {format_size(free)} ({free} bytes) are free. Name another folder with --out, "
+                f"or make room."
+            )
 
     def data_root(self) -> Path:
         """The data folder that the run was started with."""
         return Path(json.loads(self.data.read_text(encoding="utf-8"))["root"])
+
+    def data_fingerprint(self) -> str:
+        """The fingerprint of the images that the run was started with."""
+        return str(json.loads(self.data.read_text(encoding="utf-8"))["fingerprint"])
 
     def check_same_data(self, dataset: Dataset, fingerprint: str) -> None:
         """Raises LowmemError with the difference where the images are not those that the run was started with."""
@@ -105,8 +137,8 @@ class RunFolder:
     def record(self, event: str, **facts: Any) -> None:
         """Append a line to events.jsonl."""
         line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), "event": event, **facts}
-        with open(self.events, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(self.events, "the log of events"), open(self.events, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
 
     def read_recipe(self) -> Recipe:
         return load_recipe(str(self.recipe))
@@ -121,7 +153,7 @@ def new_run_folder(path: Path | None, recipe_name: str) -> RunFolder:
         path = Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if path.exists():
             path = path.with_name(f"{path.name}-{os.getpid()}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not _is_unused(path):
         raise LowmemError(
             f"--out {path}: exists and is not empty. Continue it with lowmem resume {path}, or name another folder."
         )
@@ -137,6 +169,13 @@ def new_run_folder(path: Path | None, recipe_name: str) -> RunFolder:
     return RunFolder(path)
 
 
+def _is_unused(path: Path) -> bool:
+    """An empty folder, or what a run left that was killed before it had written its recipe."""
+    if not path.is_dir():
+        return False
+    return all(item.name in OWN_NAMES or item.name.endswith(".partial") for item in path.iterdir())
+
+
 def open_run_folder(path: Path) -> RunFolder:
     """The folder of an earlier run; raises LowmemError where it is none."""
     folder = RunFolder(path)
@@ -145,44 +184,3 @@ def open_run_folder(path: Path) -> RunFolder:
             f"{path} is not a run folder: it has no recipe.toml and plan.json. Run folders are made by lowmem train."
         )
     return folder
-
-
-class RunLock:
-    """Context: the run folder is this process's alone. A lock left by a process that is gone does not count."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> "RunLock":
-        for _ in range(2):
-            try:
-                with open(self.folder.lock, "x", encoding="utf-8") as file:
-                    json.dump(_identity(os.getpid()), file)
-                return self
-            except FileExistsError:
-                holder = self._holder()
-                if holder is not None:
-                    raise LowmemError(
-                        f"{self.folder.path} is in use by another run (process {holder}). Wait for it or stop it."
-                    ) from None
-                self.folder.lock.unlink(missing_ok=True)
-            except OSError as error:
-                raise LowmemError(f"{self.folder.path}: cannot be written: {error.strerror}.") from None
-        raise LowmemError(f"{self.folder.path} is in use by another run.")
-
-    def __exit__(self, *_: object) -> None:
-        self.folder.lock.unlink(missing_ok=True)
-
-    def _holder(self) -> int | None:
-        """Process that holds the lock; None where it has ended, however it did."""
-        try:
-            held = json.loads(self.folder.lock.read_text(encoding="utf-8"))
-            alive = _identity(int(held["pid"])) == held
-            return int(held["pid"]) if alive else None
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            return None
-
-
-def _identity(pid: int) -> dict[str, float]:
-    """A process beyond doubt: numbers are reused, start times are not."""
-    return {"pid": pid, "started": round(psutil.Process(pid).create_time(), 1)}

@@ -1,9 +1,15 @@
-"""Ctrl-C and SIGTERM: once asks for a stop after the running step, twice stops at once."""
+"""Ctrl-C and SIGTERM (on Windows Ctrl-Break): once asks for a stop after the running step, twice stops at once."""
 
+import os
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if os.name == "nt" else []))  # type: ignore[attr-defined]
+NOTICE = b"\nStopping: the running step is finished and saved. Again to stop at once; the last checkpoint is whole.\n"
+
+
+class StoppedError(Exception):
+    """The user asked for a stop, and a checkpoint has been written."""
 
 
 class StopRequest:
@@ -28,3 +34,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        try:
+            os.write(2, NOTICE)  # print may be in the middle of a line of its own
+        except OSError:
+            pass

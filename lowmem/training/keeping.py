@@ -2,24 +2,26 @@
 
 import math
 import time
+from dataclasses import replace
 
+from lowmem.disk import writing
 from lowmem.results.classifier import save_classifier
 from lowmem.results.history import EpochRow, append_epoch, read_history
 from lowmem.results.plots import plot_run
 from lowmem.results.report import write_report
-from lowmem.training.checkpoint import write_checkpoint
 from lowmem.training.evaluate import Evaluation, read_evaluation, write_evaluation
 from lowmem.training.run import Run
+from lowmem.training.saving import refuse_not_finite
 from lowmem.training.schedule import after_epoch, is_best, learning_rate
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write the run as it stands between two steps."""
+def save_checkpoint(run: Run, wait: bool = False) -> None:
+    """Keep the run as it stands between two steps; written beside the next steps, or, with `wait`, when this returns."""
     check_losses(run)
-    started = time.perf_counter()
-    path = write_checkpoint(run.folder.checkpoints, run.snapshot())
+    run.saver.save(run.engine, run.state_now())
     run.checkpoint_saved()
-    run.folder.record("checkpoint", path=path.name, seconds=round(time.perf_counter() - started, 3))
+    if wait:
+        run.saver.wait()
 
 
 def check_losses(run: Run) -> None:
@@ -30,19 +32,26 @@ def check_losses(run: Run) -> None:
 
 
 def keep_epoch(run: Run, evaluation: Evaluation) -> None:
-    """Log a finished epoch, keep its classifier if it is the best so far, and move the state to the next epoch."""
+    """Log a finished epoch, keep its classifier if it is the best so far, and move the state to the next epoch.
+
+    The checkpoint comes last: a run that dies before it trains the epoch again, to the same classifier and row.
+    """
     check_losses(run)
+    checkpoint = run.saver.copy(run.engine, run.state_now())
+    refuse_not_finite(checkpoint)
     row = epoch_row(run, evaluation)
     best = is_best(run.state.schedule, evaluation.accuracy, evaluation.loss)
-    if best:
-        save_classifier(run.folder.classifier, run.engine.model, run.classifier_info)
-        write_evaluation(run.folder.evaluation, evaluation)
-    append_epoch(run.folder.epochs, row)
+    with writing(run.folder.path, "the epoch's results", checkpoint.num_bytes):
+        if best:
+            save_classifier(run.folder.classifier, run.engine.model, run.classifier_info)
+            write_evaluation(run.folder.evaluation, evaluation)
+        append_epoch(run.folder.epochs, row)
     schedule = after_epoch(
         run.state.schedule, run.recipe.schedule, run.state.epoch, evaluation.accuracy, evaluation.loss
     )
     run.change(epoch=run.state.epoch + 1, step=0, losses=(), schedule=schedule)
-    save_checkpoint(run)
+    run.saver.write(replace(checkpoint, state=run.state_now()))
+    run.checkpoint_saved()
     run.folder.record("epoch", **vars(row), best=best)
     run.progress.epoch(row, best)
     if run.figures_are_due():
@@ -54,7 +63,9 @@ def finish(run: Run) -> None:
     run.change(finished=True)
     save_checkpoint(run)
     draw_figures(run)
-    write_report(run.folder.path)
+    with writing(run.folder.path, "the report"):
+        write_report(run.folder.path)
+    run.saver.wait()
     run.folder.record("finished", best_epoch=run.state.schedule.best_epoch)
 
 
@@ -63,9 +74,9 @@ def draw_figures(run: Run) -> None:
         return
     budget = run.plan.budget.total_bytes if run.plan.budget else None
     predicted = run.plan.prediction.peak.total if run.plan.prediction else None
-    plot_run(
-        read_history(run.folder.epochs), read_evaluation(run.folder.evaluation), run.folder.figures, budget, predicted
-    )
+    history, evaluation = read_history(run.folder.epochs), read_evaluation(run.folder.evaluation)
+    with writing(run.folder.figures, "the figures"):
+        plot_run(history, evaluation, run.folder.figures, budget, predicted)
 
 
 def epoch_row(run: Run, evaluation: Evaluation) -> EpochRow:

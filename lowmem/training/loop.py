@@ -10,28 +10,35 @@ from lowmem.data.batch import HostBatch
 from lowmem.memory.housekeeping import collect_garbage
 from lowmem.training import keeping
 from lowmem.training.engine import OutOfBudgetError
+from lowmem.training.interrupt import StoppedError
 from lowmem.training.losses import StepLosses
-from lowmem.training.run import Run, StoppedError
+from lowmem.training.run import Run
 from lowmem.training.schedule import at_epoch_start, learning_rate, stops_early
 from lowmem.training.validation import validate
 
 
 def train(run: Run) -> None:
-    """Train until the recipe's epochs are over or it stops early; raises StoppedError when asked to stop."""
+    """Train until the recipe's epochs are over or it stops early; raises StoppedError, with a checkpoint, when asked to stop."""
     schedule = run.recipe.schedule
-    keeping.save_checkpoint(run)
-    while run.state.epoch <= schedule.epochs and not stops_early(run.state.schedule, schedule):
-        run.change(schedule=at_epoch_start(run.state.schedule, schedule, run.state.epoch))
-        train_epoch(run)
-        evaluation = validate(run)
-        keeping.keep_epoch(run, evaluation)
-        collect_garbage()
+    try:
+        while run.state.epoch <= schedule.epochs and not stops_early(run.state.schedule, schedule):
+            train_epoch(run)
+            evaluation = validate(run)
+            keeping.keep_epoch(run, evaluation)
+            collect_garbage()
+            if run.stop.requested:
+                raise StoppedError
+    except StoppedError:
+        keeping.save_checkpoint(run, wait=True)
+        raise
     keeping.finish(run)
 
 
 def train_epoch(run: Run) -> None:
     """The steps of one epoch that are still to do."""
     run.begin_epoch()
+    if run.state.step == 0:
+        run.change(schedule=at_epoch_start(run.state.schedule, run.recipe.schedule, run.state.epoch))
     while run.state.step < run.steps_per_epoch:
         try:
             train_steps(run)
@@ -49,7 +56,7 @@ def train_steps(run: Run) -> None:
             losses.put(run.engine.train_step(batch, run.device_input, state.epoch, state.step, lr))
             run.change(step=state.step + 1)
             run.show_step(losses.latest(), lr)
-            if run.stop.requested or run.checkpoint_is_due():
+            if run.checkpoint_is_due():
                 run.change(losses=losses.values())
                 keeping.save_checkpoint(run)
             if run.stop.requested:

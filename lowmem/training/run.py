@@ -14,17 +14,15 @@ from lowmem.planning.planner import leaner_plan
 from lowmem.progress import Progress
 from lowmem.recipe import Recipe
 from lowmem.results.classifier import ClassifierInfo
-from lowmem.training.checkpoint import Checkpoint, RunState, newest_checkpoint
+from lowmem.training.checkpoint import Checkpoint
 from lowmem.training.engine import Engine, OutOfBudgetError
 from lowmem.training.folder import RunFolder
 from lowmem.training.interrupt import StopRequest
+from lowmem.training.saving import Saver, not_finite_text
+from lowmem.training.state import RunState
 
 SHOW_EVERY_S = 0.25
 DRAW_EVERY_S = 60.0
-
-
-class StoppedError(Exception):
-    """The user asked for a stop, and a checkpoint has been written."""
 
 
 @dataclass
@@ -53,12 +51,14 @@ class Run:
     progress: Progress
     state: RunState
     stop: StopRequest
+    saver: Saver
     steps_per_epoch: int
     checkpoint_every_s: float = 600.0
     checkpoint_every_steps: int = 0
     clock: EpochClock = field(default_factory=EpochClock)
     _shown: float = 0.0
-    _drawn: float = 0.0
+    _drawn: float = field(default_factory=time.monotonic)
+    _saved_at_step: int = 0
     _saved: float = field(default_factory=time.monotonic)
 
     def change(self, **changes: Any) -> None:
@@ -84,15 +84,15 @@ class Run:
         )
 
     def not_finite(self, loss: float, step: int) -> LowmemError:
-        return LowmemError(
-            f"The loss became {loss} by step {step} of epoch {self.state.epoch}. The last good checkpoint and the best "
-            f"classifier in {self.folder.path} are untouched. A smaller optimizer.lr, a longer schedule.warmup_epochs, "
-            f"optimizer.clip_norm=1 or amp=bf16 usually cure it."
-        )
+        return LowmemError(not_finite_text(f"The loss ({loss})", step, self.state.epoch))
 
     def checkpoint_is_due(self) -> bool:
+        """Whether a save is due and the last one is on the disk; raises the error of the last one."""
+        if self.saver.busy:
+            return False
+        self.saver.check()
         if self.checkpoint_every_steps:
-            return self.state.step % self.checkpoint_every_steps == 0
+            return self.state.step - self._saved_at_step >= self.checkpoint_every_steps
         return time.monotonic() - self._saved >= self.checkpoint_every_s
 
     def figures_are_due(self) -> bool:
@@ -103,16 +103,22 @@ class Run:
         return due
 
     def checkpoint_saved(self) -> None:
-        self._saved = time.monotonic()
+        self._saved, self._saved_at_step = time.monotonic(), self.state.step
 
-    def snapshot(self) -> Checkpoint:
-        state = self.state.model_copy(update={"scaler": self.engine.scaler_state()})
-        return Checkpoint(state, self.engine.model_tensors(), self.engine.optimizer_tensors())
+    def state_now(self) -> RunState:
+        """The state for a checkpoint."""
+        return self.state.model_copy(update={"scaler": self.engine.scaler_state()})
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where the checkpoint stands; raises LowmemError where it is of another model."""
+        if checkpoint.state.step > self.steps_per_epoch:
+            raise LowmemError(
+                f"step: the checkpoint has done {checkpoint.state.step} steps of an epoch of {self.steps_per_epoch}."
+            )
         self.engine.load_tensors(checkpoint.model, checkpoint.optimizer)
         self.engine.load_scaler_state(checkpoint.state.scaler)
         self.state = checkpoint.state
+        self._saved_at_step = self.state.step
 
     def use_leaner_plan(self, error: OutOfBudgetError) -> None:
         """Go on under the next leaner plan; raises LowmemError where there is none."""
@@ -127,5 +133,6 @@ class Run:
         self.plan = plan
         self.engine.adopt(plan)
         if not error.rolled_back:
-            self.restore(newest_checkpoint(self.folder.checkpoints)[1])
-        plan.save(self.folder.plan)
+            self.saver.wait()
+            self.restore(self.saver.checkpoints.newest()[1])
+        self.folder.write_plan(plan)

@@ -6,28 +6,31 @@ epoch. Epochs count from 1, steps from 0. A metric that is not a finite number n
 """
 
 import math
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from lowmem.recipe import Recipe, ScheduleRecipe
+
+Count = Annotated[int, Field(ge=0)]
 
 
 class ScheduleState(BaseModel):
     """All that the schedule remembers; a part of RunState."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    lr: float
+    lr: Annotated[float, Field(ge=0)]
     """Learning rate after warm-up, as decays and resets have left it."""
-    best_accuracy: float | None = None
+    best_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     best_accuracy_loss: float | None = None
     """Validation loss of the epoch with the best accuracy, which settles a tie."""
     best_loss: float | None = None
-    best_epoch: int = 0
+    best_epoch: Count = 0
     """Epoch with the best accuracy; 0 before there is one."""
-    epochs_without_decay: int = 0
+    epochs_without_decay: Count = 0
     """Epochs without improvement since the last improvement or decay."""
-    epochs_without_improvement: int = 0
+    epochs_without_improvement: Count = 0
 
 
 def first_state(recipe: Recipe) -> ScheduleState:

@@ -1,9 +1,9 @@
-"""From what the user typed to a run: a new one, or an earlier one to continue."""
+"""From what the user typed to a run, and the run to its end."""
 
-import dataclasses
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +19,21 @@ from lowmem.planning.explain import plan_lines
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
 from lowmem.progress import Progress, open_progress
-from lowmem.recipe import Recipe, load_recipe, with_overrides
+from lowmem.recipe import Recipe, load_recipe
 from lowmem.results.classifier import classifier_info
 from lowmem.sizes import parse_size
-from lowmem.training.checkpoint import RunState, newest_checkpoint
+from lowmem.training.checkpoint import Checkpoints
 from lowmem.training.engine import Engine
-from lowmem.training.folder import RunFolder, RunLock, new_run_folder, open_run_folder
-from lowmem.training.interrupt import StopRequest
+from lowmem.training.folder import RunFolder, new_run_folder
+from lowmem.training.interrupt import StoppedError, StopRequest
+from lowmem.training.keeping import save_checkpoint
+from lowmem.training.lock import RunLock
 from lowmem.training.loop import train
-from lowmem.training.model import build_model, initialised_model
-from lowmem.training.run import Run, StoppedError
+from lowmem.training.model import initialised_model
+from lowmem.training.run import Run
+from lowmem.training.saving import Saver
 from lowmem.training.schedule import first_state
+from lowmem.training.state import RunState
 
 EXIT_DONE, EXIT_STOPPED = 0, 130
 
@@ -53,68 +57,37 @@ class TrainRequest:
 def train_new_run(request: TrainRequest) -> int:
     """Plan and train; returns the exit code. Raises LowmemError before the first step where anything is wrong."""
     prepare_allocator()
-    every_s, every_steps = parse_cadence(request.checkpoint_every)
+    cadence = parse_cadence(request.checkpoint_every)
     recipe = load_recipe(request.recipe, request.overrides)
     device = choose_device(request.device)
     spec = device_spec(device)
     recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
     with ExitStack() as stack:
         progress = stack.enter_context(open_progress())
-        dataset = _open_data(recipe, request.data, progress)
-        plan = _plan(request, recipe, spec, device, dataset)
+        dataset = open_data(recipe, request.data, progress)
+        plan = plan_for(request, recipe, spec, device, dataset)
         model, loaded = initialised_model(recipe.model, len(dataset.classes), recipe.seed)
         folder = new_run_folder(request.out, Path(request.recipe).stem)
         stack.enter_context(RunLock(folder))
         machine = this_machine()
+        state, checkpoints = first_run_state(recipe, dataset), Checkpoints(folder.checkpoints)
+        run = assemble(stack, folder, checkpoints, recipe, plan, dataset, model, state, progress, cadence)
         folder.write_facts(recipe, plan, machine, dataset)
         folder.record("started", recipe=request.recipe, vram=request.vram, device=str(device), weights=str(loaded))
         progress.say(f"Machine: {describe(machine)}")
         progress.say(f"Initial weights: {loaded}")
         for line in plan_lines(plan):
             progress.say(line)
-        state = RunState(
-            epoch=1, step=0, schedule=first_state(recipe), scaler=None, seed=recipe.seed, dataset=dataset.fingerprint
-        )
-        run = _assemble(stack, folder, recipe, plan, dataset, model, state, progress, every_s, every_steps)
-        return _train(run)
+        save_checkpoint(run)
+        return run_to_end(run)
 
 
-def resume_run(
-    path: Path, vram: str | None, data: Path | None, overrides: tuple[str, ...], checkpoint_every: str
-) -> int:
-    """Continue an earlier run from its newest good checkpoint; returns the exit code."""
-    prepare_allocator()
-    every_s, every_steps = parse_cadence(checkpoint_every)
-    folder = open_run_folder(path)
-    recipe, plan = folder.read_recipe(), folder.read_plan()
-    with ExitStack() as stack:
-        progress = stack.enter_context(open_progress())
-        stack.enter_context(RunLock(folder))
-        where, checkpoint, problems = newest_checkpoint(folder.checkpoints)
-        for problem in problems:
-            progress.warn(f"A damaged checkpoint was passed over: {problem}")
-        if overrides:
-            recipe = with_overrides(recipe, overrides)
-            folder.recipe.write_text(recipe.to_toml(), encoding="utf-8")
-            folder.record(
-                "recipe_changed", overrides=list(overrides), epoch=checkpoint.state.epoch, step=checkpoint.state.step
-            )
-        dataset = _open_data(recipe, data or folder.data_root(), progress)
-        folder.check_same_data(dataset, checkpoint.state.dataset)
-        if vram is not None:
-            request = TrainRequest(vram=vram)
-            plan = _plan(request, recipe, device_spec(torch.device(plan.device)), torch.device(plan.device), dataset)
-            plan.save(folder.plan)
-        folder.record("resumed", checkpoint=where.name, vram=vram)
-        state = checkpoint.state
-        if any(item.startswith("optimizer.lr") for item in overrides):
-            state = state.model_copy(update={"schedule": state.schedule.model_copy(update={"lr": recipe.optimizer.lr})})
-        state = state.model_copy(update={"finished": False})
-        model = build_model(recipe.model, len(dataset.classes))
-        run = _assemble(stack, folder, recipe, plan, dataset, model, state, progress, every_s, every_steps)
-        run.restore(dataclasses.replace(checkpoint, state=state))
-        progress.say(f"Resumed from checkpoint {where.name}: epoch {state.epoch}, step {state.step}.")
-        return _train(run)
+def first_run_state(recipe: Recipe, dataset: Dataset) -> RunState:
+    """Before the first step."""
+    schedule = first_state(recipe)
+    return RunState(
+        recipe=recipe, epoch=1, step=0, schedule=schedule, scaler=None, seed=recipe.seed, dataset=dataset.fingerprint
+    )
 
 
 def parse_cadence(text: str) -> tuple[float, int]:
@@ -127,7 +100,7 @@ def parse_cadence(text: str) -> tuple[float, int]:
     return float(match[1]) * {"h": 3600, "m": 60, "s": 1}[match[2]], 0
 
 
-def _open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset:
+def open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset:
     root = (data or embedded_images()).resolve()
     dataset = open_dataset(root, recipe.data.val_fraction, recipe.seed, progress.checking)
     counts = dataset.train.counts(len(dataset.classes))
@@ -146,7 +119,7 @@ def _open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset
     return dataset
 
 
-def _plan(request: TrainRequest, recipe: Recipe, spec: DeviceSpec, device: torch.device, dataset: Dataset) -> Plan:
+def plan_for(request: TrainRequest, recipe: Recipe, spec: DeviceSpec, device: torch.device, dataset: Dataset) -> Plan:
     if request.plan_file is not None:
         return load_plan(request.plan_file)
     ram = parse_size(request.ram) if request.ram else None
@@ -162,20 +135,23 @@ def _plan(request: TrainRequest, recipe: Recipe, spec: DeviceSpec, device: torch
     )
 
 
-def _assemble(
+def assemble(
     stack: ExitStack,
     folder: RunFolder,
+    checkpoints: Checkpoints,
     recipe: Recipe,
     plan: Plan,
     dataset: Dataset,
     model: torch.nn.Module,
     state: RunState,
     progress: Progress,
-    every_s: float,
-    every_steps: int,
+    cadence: tuple[float, int],
 ) -> Run:
+    """The objects of a run; raises LowmemError where the run folder's disk is too small for them."""
     if plan.loader.torch_threads:
         torch.set_num_threads(plan.loader.torch_threads)
+    weights, buffers = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
+    folder.refuse_too_small(3 * weights + buffers, weights + buffers)
     engine = Engine(model, recipe, plan, torch.from_numpy(dataset.train.counts(len(dataset.classes))))
     info = classifier_info(recipe, model, dataset.classes)
     data = recipe.data
@@ -197,13 +173,18 @@ def _assemble(
         progress=progress,
         state=state,
         stop=stack.enter_context(StopRequest()),
+        saver=stack.enter_context(Saver(checkpoints, partial(_record_checkpoint, folder))),
         steps_per_epoch=len(dataset.train) // recipe.batch.size,
-        checkpoint_every_s=every_s,
-        checkpoint_every_steps=every_steps,
+        checkpoint_every_s=cadence[0],
+        checkpoint_every_steps=cadence[1],
     )
 
 
-def _train(run: Run) -> int:
+def _record_checkpoint(folder: RunFolder, path: Path, seconds: float) -> None:
+    folder.record("checkpoint", path=path.name, seconds=round(seconds, 3))
+
+
+def run_to_end(run: Run) -> int:
     run.progress.start(run.recipe.schedule.epochs, run.steps_per_epoch, run.state.epoch)
     freeze_garbage()
     try:

@@ -8,11 +8,13 @@ from lowmem.memory.housekeeping import release_cache
 from lowmem.memory.limit import is_out_of_memory, recover
 from lowmem.memory.meter import host_memory
 from lowmem.training.evaluate import Evaluation, evaluate
+from lowmem.training.interrupt import StoppedError
 from lowmem.training.run import Run
 
 
 def validate(run: Run) -> Evaluation:
-    """Evaluate the model as it stands; a smaller batch takes over where the plan's does not fit."""
+    """Evaluate the model as it stands; a smaller batch takes over where the plan's does not fit. Raises StoppedError when asked
+    to stop; a checkpoint after the epoch's last step begins with the validation."""
     run.clock.train_s = time.perf_counter() - run.clock.started
     release_cache(run.engine.device)
     batch_size = run.plan.eval_batch
@@ -28,7 +30,7 @@ def validate(run: Run) -> Evaluation:
 
 def _try(run: Run, batch_size: int) -> Evaluation | None:
     """The evaluation; None where memory ran out and a smaller batch is possible."""
-    batches = in_parts(run.val_loader.batches(), batch_size)
+    batches = until_stopped(in_parts(run.val_loader.batches(), batch_size), run)
     try:
         with run.engine.enforcement.watch(f"evaluation, batch {batch_size}"):
             return evaluate(
@@ -38,6 +40,13 @@ def _try(run: Run, batch_size: int) -> Evaluation | None:
         if not is_out_of_memory(error) or batch_size == 1:
             raise
     return None
+
+
+def until_stopped(batches: Iterator[HostBatch], run: Run) -> Iterator[HostBatch]:
+    for batch in batches:
+        if run.stop.requested:
+            raise StoppedError
+        yield batch
 
 
 def in_parts(batches: Iterator[HostBatch], batch_size: int) -> Iterator[HostBatch]:

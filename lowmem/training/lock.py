@@ -1,0 +1,90 @@
+"""A run folder belongs to one process: a lock of the operating system on RUN/run.lock, which ends with its holder, however it dies."""
+
+import json
+import os
+from typing import Any
+
+from lowmem.errors import LowmemError
+from lowmem.training.folder import RunFolder
+
+LOCKED_BYTE = 2**30
+"""Windows locks bytes against reading too; this one is far past the end, so that the holder's name can be read."""
+
+
+class RunLock:
+    """Context: the run folder is this process's alone; raises LowmemError naming the holder where it is another's."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.file: Any = None
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._acquire()
+        except OSError as error:
+            raise LowmemError(
+                f"{self.folder.path}: cannot be locked: {error.strerror or error}. Name a folder on a disk that can be written."
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if os.name == "nt":  # an open file cannot be removed there
+            self._close()
+        try:
+            self.folder.lock.unlink(missing_ok=True)
+        except OSError:
+            pass
+        self._close()
+
+    def _acquire(self) -> None:
+        while True:
+            self.file = open(self.folder.lock, "a+b")
+            if not _try_lock(self.file):
+                holder = self._holder()
+                self._close()
+                raise LowmemError(
+                    f"{self.folder.path} is in use by another run{holder}. Wait for it, or stop it with Ctrl-C."
+                )
+            if self._is_still_there():
+                break
+            self._close()  # its last holder removed it between our opening and our locking
+        self.file.truncate(0)
+        self.file.write(json.dumps({"pid": os.getpid()}).encode())
+        self.file.flush()
+
+    def _is_still_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.folder.lock))
+        except FileNotFoundError:
+            return False
+
+    def _holder(self) -> str:
+        try:
+            return f" (process {int(json.loads(self.folder.lock.read_bytes())['pid'])})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def _try_lock(file: Any) -> bool:
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        file.seek(0)
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
