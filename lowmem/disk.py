@@ -121,8 +121,10 @@ def replace_file(path: Path, text: str, disk: Disk = REAL_DISK, errors: str = "s
 
 
 def remove_tree(disk: Disk, folder: Path) -> None:
-    """Remove a folder and all that is in it; what cannot be removed stays."""
+    """Remove a folder and all that is in it; what cannot be removed stays, and links are never followed."""
     try:
+        if folder.is_symlink():
+            return disk.unlink(folder)
         for path in sorted(folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
                 remove_tree(disk, path)

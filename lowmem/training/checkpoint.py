@@ -106,8 +106,9 @@ class Checkpoints:
         """Every checkpoint folder, damaged ones too, oldest first."""
         if not self.folder.is_dir():
             return []
-        named = [(NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in named if match and path.is_dir())]
+        folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink()]
+        named = [(NAME.fullmatch(path.name), path) for path in folders]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
     def _next_number(self) -> int:
         paths = self.all()

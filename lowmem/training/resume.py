@@ -157,7 +157,10 @@ def _plan(
     allow = "statistical" if plan.exactness == "statistical" else "rounding"
     spec = device_spec(device)
     settled = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
-    return plan_for(TrainRequest(vram=vram, allow=allow), settled, spec, device, dataset), dataset
+    found = plan_for(TrainRequest(vram=vram, allow=allow), settled, spec, device, dataset)
+    # On a CPU the number of torch's threads decides in which order sums are formed: the run keeps its own.
+    loader = found.loader.model_copy(update={"torch_threads": plan.loader.torch_threads})
+    return found.model_copy(update={"loader": loader}), dataset
 
 
 def _check(folder: RunFolder, dataset: Dataset, checkpoint: Checkpoint | None) -> None:

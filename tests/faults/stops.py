@@ -1,0 +1,75 @@
+"""Runs in this process that are stopped before a given step, as Ctrl-C would, and continued."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.training import keeping
+from lowmem.training.engine import Engine
+from lowmem.training.resume import resume_run
+from lowmem.training.start import TrainRequest, train_new_run
+from tests.faults.harness import TINY, end_state
+
+EXIT_STOPPED = 130
+
+
+@contextmanager
+def hook_steps(before_step: Callable[[Engine, int, int], None]) -> Iterator[None]:
+    """Context: `before_step(engine, epoch, step)` is called before every training step. Figures are not drawn."""
+    step, draw = Engine.train_step, keeping.draw_figures
+
+    def hooked(self: Engine, batch: Any, device_input: Any, epoch: int, step_number: int, lr: float) -> Any:
+        before_step(self, epoch, step_number)
+        return step(self, batch, device_input, epoch, step_number, lr)
+
+    Engine.train_step, keeping.draw_figures = hooked, lambda run: None  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Engine.train_step, keeping.draw_figures = step, draw  # type: ignore[method-assign]
+
+
+@dataclass
+class TinyRun:
+    """The tiny recipe in a folder; each call returns the exit code."""
+
+    photos: Path
+    plan: Path
+    out: Path
+    overrides: tuple[str, ...] = ()
+
+    def train(self, stop_in: tuple[int, int] | None = None, every: str = "10m", seen: list | None = None) -> int:
+        """Train; a SIGINT arrives in the step `stop_in` (epoch, step). `seen` collects (epoch, step)."""
+        request = TrainRequest(
+            recipe="quickstart",
+            data=self.photos,
+            device="cpu",
+            out=self.out,
+            overrides=(*TINY, *self.overrides),
+            plan_file=self.plan,
+            checkpoint_every=every,
+        )
+        with hook_steps(_interrupting(stop_in, seen)):
+            return train_new_run(request)
+
+    def resume(
+        self, stop_in: tuple[int, int] | None = None, *overrides: str, vram: str | None = None, seen: list | None = None
+    ) -> int:
+        with hook_steps(_interrupting(stop_in, seen)):
+            return resume_run(self.out, vram=vram, data=None, overrides=overrides, checkpoint_every="10m")
+
+    def end(self) -> dict[str, Any]:
+        return end_state(self.out)
+
+
+def _interrupting(stop_in: tuple[int, int] | None, seen: list | None) -> Callable[[Engine, int, int], None]:
+    def before_step(engine: Engine, epoch: int, step: int) -> None:
+        if seen is not None:
+            seen.append((epoch, step))
+        if (epoch, step) == stop_in:
+            signal.raise_signal(signal.SIGINT)
+
+    return before_step
