@@ -52,7 +52,7 @@ def stopped_and_resumed(photos: Path, folder: Path, at: tuple[int, int], workers
     assert differing(expected, run.end()) == []
 
 
-@pytest.mark.parametrize("at", EVERY_STEP[::2])
+@pytest.mark.parametrize("at", EVERY_STEP[1::3])
 def test_stopped_in_a_step(photos: Path, tmp_path: Path, at: tuple[int, int]) -> None:
     stopped_and_resumed(photos, tmp_path, at, workers=0, atoms=1)
 
