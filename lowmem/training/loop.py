@@ -56,6 +56,7 @@ def train_steps(run: Run) -> None:
             losses.put(run.engine.train_step(batch, run.device_input, state.epoch, state.step, lr))
             run.change(step=state.step + 1)
             run.show_step(losses.latest(), lr)
+            run.pressure.step()
             if run.checkpoint_is_due():
                 run.change(losses=losses.values())
                 keeping.save_checkpoint(run)

@@ -9,6 +9,7 @@ from lowmem.data.device_input import DeviceInput
 from lowmem.data.folder import Dataset
 from lowmem.data.loader import Loader
 from lowmem.errors import LowmemError
+from lowmem.memory.pressure import PressureWatch
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import leaner_plan
 from lowmem.progress import Progress
@@ -52,6 +53,7 @@ class Run:
     state: RunState
     stop: StopRequest
     saver: Saver
+    pressure: PressureWatch
     steps_per_epoch: int
     checkpoint_every_s: float = 600.0
     checkpoint_every_steps: int = 0
@@ -66,6 +68,7 @@ class Run:
 
     def begin_epoch(self) -> None:
         self.clock = EpochClock(first_step=self.state.step)
+        self.pressure.pause()
         self.progress.begin_epoch(self.state.epoch)
         self.engine.training_mode()
         self.engine.enforcement.reset_peak()

@@ -14,6 +14,7 @@ from lowmem.data.loader import EvalPixels, Loader, TrainPixels
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device, describe, this_machine
 from lowmem.memory.housekeeping import freeze_garbage, prepare_allocator, thaw_garbage
+from lowmem.memory.pressure import Diagnosis, PressureWatch, SystemReader
 from lowmem.planning.devices import DeviceSpec, device_spec, settle_amp
 from lowmem.planning.explain import plan_lines
 from lowmem.planning.plan import Plan, load_plan
@@ -174,10 +175,20 @@ def assemble(
         state=state,
         stop=stack.enter_context(StopRequest()),
         saver=stack.enter_context(Saver(checkpoints, partial(_record_checkpoint, folder))),
+        pressure=PressureWatch(
+            SystemReader(engine.device),
+            partial(_tell_of_pressure, folder, progress),
+            plan.budget.total_bytes if plan.budget and engine.device.type == "cuda" else None,
+        ),
         steps_per_epoch=len(dataset.train) // recipe.batch.size,
         checkpoint_every_s=cadence[0],
         checkpoint_every_steps=cadence[1],
     )
+
+
+def _tell_of_pressure(folder: RunFolder, progress: Progress, found: Diagnosis) -> None:
+    progress.warn(found.text)
+    folder.record("memory_pressure", cause=found.cause, text=found.text)
 
 
 def _record_checkpoint(folder: RunFolder, path: Path, seconds: float) -> None:

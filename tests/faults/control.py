@@ -78,10 +78,10 @@ def damages(scratch: Path, photos: Path, num: int, seed: int) -> Score:
     return score
 
 
-def stops(scratch: Path, photos: Path) -> Score:
-    """F6: stopped after every step."""
+def stops(scratch: Path, photos: Path, every: int = 1) -> Score:
+    """F6: stopped after every step, or after every few."""
     reference, score = _whole(scratch, photos), Score()
-    for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
+    for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1, every):
         out = scratch / f"stop{step}"
         control_script.main(str(photos), str(out), EPOCHS, stop_after=step)
         score.count(_outcome(photos, out, reference))
