@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Score:
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return vars(self) | {"outcomes": dict(self.outcomes)}
 
     def count(self, outcome: str) -> None:
         self.injected += 1

@@ -4,7 +4,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowmem.errors import LowmemError
@@ -72,7 +72,7 @@ class Score:
     failures: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return vars(self) | {"by_kind": dict(self.by_kind)}
 
 
 def damage_checkpoints(scratch: Path, older: Path, newer: Path, num: int, seed: int) -> Score:

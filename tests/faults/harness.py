@@ -7,8 +7,6 @@ forkserver); elsewhere each is spawned. Either way a child is a process with the
 import csv
 import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -28,6 +26,8 @@ PRELOADED = ["lowmem.cli", "lowmem.training.resume", "lowmem.data.loader", "rich
 TINY = (
     "model.name=test_resnet",
     "model.weights=none",
+    "model.freeze_batchnorm=false",
+    "model.head_init=timm",
     "data.train_px=32",
     "data.val_px=32",
     "data.test_px=32",
@@ -163,12 +163,3 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
-
-
-def cpu_name() -> str:
-    return subprocess.run(
-        [sys.executable, "-c", "import platform; print(platform.processor())"], capture_output=True, text=True
-    ).stdout
-
-
-INTERRUPT = signal.SIGINT
