@@ -2,8 +2,8 @@
 writes the buffer to the disk while the next steps run.
 
 The step waits for the copy only. A save that is due while the last one is still being written waits for a later step, unless it
-must not be missed (an epoch's end, a stop). The buffer takes the bytes of the weights, statistics and optimizer state once, in host
-memory; the copy from a card goes through pinned memory.
+must not be missed (an epoch's end, a stop). The buffer takes the bytes of the weights, statistics and optimizer state once, in ordinary
+host memory: pinned memory would copy faster, but is scarce on Windows and handed out in powers of two (pytorch #95823).
 """
 
 import threading
@@ -20,8 +20,8 @@ from lowmem.training.checkpoint import Checkpoint, Checkpoints, Tensors
 from lowmem.training.engine import Engine
 from lowmem.training.state import RunState
 
-Written = Callable[[Path, float], None]
-"""(checkpoint, seconds): told of each checkpoint that is on the disk, by the thread that wrote it."""
+Written = Callable[[Path, float, int], None]
+"""(checkpoint, seconds, bytes of the host buffer): told of each checkpoint that is on the disk, by the thread that wrote it."""
 
 
 class HostBuffer:
@@ -36,28 +36,22 @@ class HostBuffer:
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> Tensors:
         """The buffer with the values of these tensors; complete when it returns."""
-        on_card = False
         with host_memory(), torch.no_grad():
             for name, tensor in named:
-                self._room_for(name, tensor).copy_(tensor, non_blocking=True)
-                on_card |= tensor.device.type == "cuda"
-        if on_card:
-            torch.cuda.synchronize()
+                self._room_for(name, tensor).copy_(tensor)
         return self.tensors
 
     def _room_for(self, name: str, tensor: Tensor) -> Tensor:
         room = self.tensors.get(name)
         if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self.tensors[name] = room
+            room = self.tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return room
 
 
 class Saver:
     """Context: writes checkpoints of one engine, at most one at a time, in the background."""
 
-    def __init__(self, checkpoints: Checkpoints, written: Written = lambda path, seconds: None) -> None:
+    def __init__(self, checkpoints: Checkpoints, written: Written = lambda path, seconds, host_bytes: None) -> None:
         self.checkpoints, self.written = checkpoints, written
         self.model, self.optimizer = HostBuffer(), HostBuffer()
         self._thread: threading.Thread | None = None
@@ -115,7 +109,7 @@ class Saver:
         try:
             refuse_not_finite(checkpoint)
             path = self.checkpoints.write(checkpoint)
-            self.written(path, time.perf_counter() - started)
+            self.written(path, time.perf_counter() - started, self.host_bytes)
         except BaseException as error:  # the border of a thread: the training thread raises it
             self._error = error
 

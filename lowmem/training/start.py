@@ -191,8 +191,8 @@ def _tell_of_pressure(folder: RunFolder, progress: Progress, found: Diagnosis) -
     folder.record("memory_pressure", cause=found.cause, text=found.text)
 
 
-def _record_checkpoint(folder: RunFolder, path: Path, seconds: float) -> None:
-    folder.record("checkpoint", path=path.name, seconds=round(seconds, 3))
+def _record_checkpoint(folder: RunFolder, path: Path, seconds: float, host_bytes: int) -> None:
+    folder.record("checkpoint", path=path.name, seconds=round(seconds, 3), host_bytes=host_bytes)
 
 
 def run_to_end(run: Run) -> int:
