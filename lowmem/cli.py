@@ -63,7 +63,7 @@ def train(
         str, typer.Option("--checkpoint-every", help="Besides each epoch's end: 10m, 600s or 500-steps.")
     ] = "10m",
 ) -> None:
-    """Train a recipe on your images within a memory budget."""
+    """Train a recipe on your images within a memory budget. Ctrl-C stops after the running step, with a checkpoint: exit code 130."""
     from lowmem.training.start import TrainRequest, train_new_run
 
     request = TrainRequest(

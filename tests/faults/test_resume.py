@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,27 @@ def test_stopped_in_a_step_with_workers_and_accumulation(
 @pytest.mark.parametrize("atoms", [1, 4])
 def test_stopped_in_every_step(photos: Path, tmp_path: Path, at: tuple[int, int], workers: int, atoms: int) -> None:
     stopped_and_resumed(photos, tmp_path, at, workers, atoms)
+
+
+def test_stopped_in_a_validation(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut short, and the run begins with it again."""
+    expected = whole(photos, tmp_path)
+    batches, validations = Loader.batches, []
+
+    def interrupted(self: Loader, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        if self.shuffle_seed is None:
+            validations.append(1)
+            if len(validations) == 2:
+                signal.raise_signal(signal.SIGINT)
+        return batches(self, epoch, start)
+
+    monkeypatch.setattr(Loader, "batches", interrupted)
+    run, steps = tiny(photos, tmp_path), []
+    assert run.train(seen=steps) == EXIT_STOPPED
+    assert Checkpoints(run.out / "checkpoints").newest()[0].name.endswith(f"epoch2-step{STEPS_PER_EPOCH}")
+    assert run.resume(seen=steps) == 0
+    assert steps == EVERY_STEP and len(validations) == 4
+    assert differing(expected, run.end()) == []
 
 
 def test_stopped_twice_in_one_epoch_under_three_plans(photos: Path, tmp_path: Path) -> None:
