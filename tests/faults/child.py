@@ -1,5 +1,6 @@
 """The command line in a process of its own, which can be killed: what runs there, and the faults that are put into it."""
 
+import gc
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ def command(arguments: list[str], output: str, fault: Fault | None = None, max_f
     from lowmem.training import keeping
 
     torch.set_num_threads(1)
+    gc.freeze()  # torch and timm need not be looked through
     keeping.draw_figures = lambda run: None  # a second of pictures for a second of training
     if fault is not None:
         put_into_disk(fault)

@@ -64,12 +64,15 @@ def test_one_signal_stops_after_the_step_with_a_checkpoint(inputs: Any, tmp_path
     child.send(number)
     assert child.wait() == EXIT_STOPPED
     assert "Stopping" in child.text() and f"lowmem resume {out}" in child.text() and "Traceback" not in child.text()
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    saved = [e for e in events if e["event"] == "checkpoint"][-1]["path"]
+    assert f"Stopped after step {saved.rpartition('step')[2]} of epoch" in child.text()
     assert not (out / "run.lock").exists() and num_events(out, "finished") == 0
     goes_on_exactly(inputs, tmp_path)
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.fault)])
 def test_two_signals_stop_at_once_and_the_last_checkpoint_is_whole(inputs: Any, tmp_path: Path, number: int) -> None:
     child = running(inputs, tmp_path, every="1-steps")
     wait_for(lambda: num_events(tmp_path / "run", "epoch") >= 1)
@@ -90,17 +93,6 @@ def test_a_signal_inside_a_save(inputs: Any, tmp_path: Path, at_call: int) -> No
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names and not [name for name in names if name.endswith(".partial")]
     goes_on_exactly(inputs, tmp_path)
-
-
-@posix
-def test_a_stop_saves_the_step_that_was_running_and_no_more(inputs: Any, tmp_path: Path) -> None:
-    child = running(inputs, tmp_path)
-    wait_for(lambda: num_events(tmp_path / "run", "epoch") >= 2)
-    child.send(signal.SIGINT)
-    assert child.wait() == EXIT_STOPPED
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    stopped = [e for e in events if e["event"] == "checkpoint"][-1]["path"]
-    assert f"Stopped after step {stopped.rpartition('step')[2]} of epoch" in child.text()
 
 
 @pytest.mark.skipif(os.name != "nt", reason="Ctrl-Break is of Windows")
