@@ -108,7 +108,7 @@ def damages(scratch: Path, num: int) -> Result:
 def stops(scratch: Path) -> Result:
     """Every step of three epochs, with 0, 2 and 4 loader workers, 1 and 4 accumulation steps."""
     from tests.faults.harness import differing, make_photos
-    from tests.faults.test_resume import EVERY_STEP, EXIT_STOPPED, tiny
+    from tests.faults.stops import EVERY_STEP, EXIT_STOPPED, tiny
 
     photos, failures, injected = make_photos(scratch / "photos"), [], 0
     for atoms in (1, 4):

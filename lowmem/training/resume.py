@@ -62,10 +62,12 @@ def resume_run(
         where, checkpoint = _newest(checkpoints, progress)
         before = checkpoint.state.recipe if checkpoint else folder.read_recipe()
         recipe = changed_recipe(before, overrides, checkpoint.state.step if checkpoint else 0)
-        plan = _plan(folder, before, recipe, vram, data, overrides, progress)
-        recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, device_spec(torch.device(plan[0].device)))})
-        dataset = plan[1]
-        _check(folder, dataset, checkpoint)
+        dataset = open_data(recipe, data or folder.data_root(), progress)
+        folder.check_same_data(dataset, checkpoint.state.dataset if checkpoint else folder.data_fingerprint())
+        device = choose_device(folder.read_plan().device)
+        recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, device_spec(device))})
+        changes = recipe_changes(before, recipe)
+        plan = _plan(folder.read_plan(), device, recipe, changes, vram, dataset)
         if checkpoint:
             _tell_of_edits(folder, before, where, progress)
             model = build_model(recipe.model, len(dataset.classes))
@@ -73,17 +75,16 @@ def resume_run(
         else:
             model, _ = initialised_model(recipe.model, len(dataset.classes), recipe.seed)
             state = first_run_state(recipe, dataset)
-        run = assemble(stack, folder, checkpoints, recipe, plan[0], dataset, model, state, progress, cadence)
+        run = assemble(stack, folder, checkpoints, recipe, plan, dataset, model, state, progress, cadence)
         if checkpoint:
             run.restore(dataclasses.replace(checkpoint, state=state))
         folder.record("resumed", checkpoint=where, vram=vram, epoch=state.epoch, step=state.step)
         progress.say(f"Resumed from {where}: epoch {state.epoch}, step {state.step}.")
-        changes = recipe_changes(before, recipe)
         if changes or not checkpoint:
             save_checkpoint(run, wait=True)
         if changes:
             _record_changes(folder, recipe, state, changes)
-        folder.write_plan(plan[0])
+        folder.write_plan(plan)
         return run_to_end(run)
 
 
@@ -133,38 +134,24 @@ def _newest(checkpoints: Checkpoints, progress: Progress) -> tuple[str, Checkpoi
 
 
 def _plan(
-    folder: RunFolder,
-    before: Recipe,
-    recipe: Recipe,
-    vram: str | None,
-    data: Path | None,
-    overrides: tuple[str, ...],
-    progress: Progress,
-) -> tuple[Plan, Dataset]:
-    """The plan to go on with, and the images."""
-    plan = folder.read_plan()
-    device = choose_device(plan.device)
-    dataset = open_data(recipe, data or folder.data_root(), progress)
-    needs_plan = any(not key.startswith(PLAN_IS_KEPT) for key, _, _ in _differences(before, recipe))
-    if vram is None and needs_plan:
+    plan: Plan, device: torch.device, recipe: Recipe, changes: list[str], vram: str | None, dataset: Dataset
+) -> Plan:
+    """The plan to go on with: the run's own, or a new one where the budget or the recipe asks for it."""
+    needing = [change for change in changes if not change.startswith(PLAN_IS_KEPT)]
+    if vram is None and needing:
         if plan.budget is None:
             raise LowmemError(
-                f"--set {overrides[0]}: this change needs a new plan, and the run's own names no budget. Add --vram, as in --vram 8G."
+                f"--set {needing[0].partition(':')[0]}: this change needs a new plan, and the run's own names no budget. "
+                f"Add --vram, as in --vram 8G."
             )
         vram = short_size(plan.budget.total_bytes)
     if vram is None:
-        return plan, dataset
+        return plan
     allow = "statistical" if plan.exactness == "statistical" else "rounding"
-    spec = device_spec(device)
-    settled = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
-    found = plan_for(TrainRequest(vram=vram, allow=allow), settled, spec, device, dataset)
+    found = plan_for(TrainRequest(vram=vram, allow=allow), recipe, device_spec(device), device, dataset)
     # On a CPU the number of torch's threads decides in which order sums are formed: the run keeps its own.
     loader = found.loader.model_copy(update={"torch_threads": plan.loader.torch_threads})
-    return found.model_copy(update={"loader": loader}), dataset
-
-
-def _check(folder: RunFolder, dataset: Dataset, checkpoint: Checkpoint | None) -> None:
-    folder.check_same_data(dataset, checkpoint.state.dataset if checkpoint else folder.data_fingerprint())
+    return found.model_copy(update={"loader": loader})
 
 
 def _tell_of_edits(folder: RunFolder, recipe: Recipe, where: str, progress: Progress) -> None:

@@ -2,8 +2,11 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.faults.harness import make_photos
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -17,3 +20,8 @@ def libraries_are_not_collected() -> Iterator[None]:
     gc.unfreeze = unfreeze
     gc.unfreeze()
     gc.collect()
+
+
+@pytest.fixture(scope="package")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("photos") / "photos")

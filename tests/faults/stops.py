@@ -1,5 +1,6 @@
 """Runs in this process that are stopped before a given step, as Ctrl-C would, and continued."""
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,13 @@ from lowmem.training import keeping
 from lowmem.training.engine import Engine
 from lowmem.training.resume import resume_run
 from lowmem.training.start import TrainRequest, train_new_run
-from tests.faults.harness import TINY, end_state
+from tests.faults.harness import STEPS_PER_EPOCH, TINY, end_state, make_plan_file
 
 EXIT_STOPPED = 130
+EVERY_STEP = list(itertools.product((1, 2, 3), range(STEPS_PER_EPOCH)))
+ATOMS = {1: (), 4: ("batch.norm_batch=2",)}
+"""Overrides by accumulation steps."""
+WHOLE: dict[Any, Any] = {}
 
 
 @contextmanager
@@ -63,6 +68,22 @@ class TinyRun:
 
     def end(self) -> dict[str, Any]:
         return end_state(self.out)
+
+
+def tiny(photos: Path, folder: Path, name: str = "run", workers: int = 0, atoms: int = 1, *more: str) -> TinyRun:
+    """The tiny recipe in folder/name, with that many loader workers and accumulation steps."""
+    plan = make_plan_file(folder / f"{name}.json", workers, micro_batch=8 // atoms)
+    return TinyRun(photos, plan, folder / name, (*ATOMS[atoms], *more))
+
+
+def whole(photos: Path, folder: Path, atoms: int = 1, *more: str) -> dict[str, Any]:
+    """The end of the run in one go, without loader workers; trained once."""
+    key = (photos, atoms, more)
+    if key not in WHOLE:
+        run = tiny(photos, folder, "whole", 0, atoms, *more)
+        assert run.train() == 0
+        WHOLE[key] = run.end()
+    return WHOLE[key]
 
 
 def _interrupting(stop_in: tuple[int, int] | None, seen: list | None) -> Callable[[Engine, int, int], None]:

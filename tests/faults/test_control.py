@@ -5,12 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import control
-from tests.faults.harness import FORKSERVER, make_photos
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("control") / "photos")
+from tests.faults.harness import FORKSERVER
 
 
 @pytest.mark.skipif(not FORKSERVER, reason="each child would import torch again")

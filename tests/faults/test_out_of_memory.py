@@ -9,15 +9,10 @@ import torch
 
 from lowmem.errors import LowmemError
 from lowmem.training.engine import Engine
-from tests.faults.harness import STEPS_PER_EPOCH, differing, make_photos, make_plan_file
+from tests.faults.harness import STEPS_PER_EPOCH, differing, make_plan_file
 from tests.faults.stops import TinyRun, hook_steps
 
 HUGE = 2**40
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("memory") / "photos")
 
 
 @pytest.fixture(scope="module")

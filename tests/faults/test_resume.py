@@ -15,33 +15,8 @@ from lowmem.errors import LowmemError
 from lowmem.planning.plan import BlockPolicy
 from lowmem.recipe import load_recipe
 from lowmem.training.checkpoint import Checkpoints
-from tests.faults.harness import STEPS_PER_EPOCH, differing, make_photos, make_plan_file
-from tests.faults.stops import EXIT_STOPPED, TinyRun
-
-EVERY_STEP = list(itertools.product((1, 2, 3), range(STEPS_PER_EPOCH)))
-ATOMS = {1: (), 4: ("batch.norm_batch=2",)}
-"""Overrides by accumulation steps."""
-REFERENCES: dict[Any, Any] = {}
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("photos") / "photos")
-
-
-def tiny(photos: Path, folder: Path, name: str = "run", workers: int = 0, atoms: int = 1, *more: str) -> TinyRun:
-    plan = make_plan_file(folder / f"{name}.json", workers, micro_batch=8 // atoms)
-    return TinyRun(photos, plan, folder / name, (*ATOMS[atoms], *more))
-
-
-def whole(photos: Path, folder: Path, atoms: int = 1, *more: str) -> dict[str, Any]:
-    """The end of the run in one go, without loader workers."""
-    key = (photos, atoms, more)
-    if key not in REFERENCES:
-        run = tiny(photos, folder, "whole", 0, atoms, *more)
-        assert run.train() == 0
-        REFERENCES[key] = run.end()
-    return REFERENCES[key]
+from tests.faults.harness import STEPS_PER_EPOCH, differing, make_plan_file
+from tests.faults.stops import EVERY_STEP, EXIT_STOPPED, tiny, whole
 
 
 def stopped_and_resumed(photos: Path, folder: Path, at: tuple[int, int], workers: int, atoms: int) -> None:
@@ -247,74 +222,3 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     assert run.resume() == 0
     assert newest.name in (told := capsys.readouterr().out) and "passed over" in told and "checksum" in told
     assert differing(whole(photos, tmp_path), run.end()) == []
-
-
-def changed(run: TinyRun, photos: Path, folder: Path, change: Any) -> str:
-    """The refusal of a resume over images that were changed."""
-    copy = folder / "changed"
-    shutil.copytree(photos, copy)
-    run.photos = copy
-    assert run.train(stop_in=(1, 1)) == EXIT_STOPPED
-    change(copy)
-    with pytest.raises(LowmemError) as told:
-        run.resume()
-    return str(told.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        (lambda root: (root / "1" / "0.png").unlink(), "gone or changed"),
-        (lambda root: shutil.copy(root / "1" / "0.png", root / "1" / "x.png"), "new or changed"),
-        (lambda root: shutil.move(root / "1" / "0.png", root / "2" / "zero.png"), "zero.png"),
-        (lambda root: shutil.copy(root / "1" / "0.png", root / "1" / "1.png"), "1/1.png"),
-    ],
-)
-def test_changed_images_are_refused_with_the_difference(photos: Path, tmp_path: Path, change: Any, line: str) -> None:
-    text = changed(tiny(photos, tmp_path), photos, tmp_path, change)
-    assert "not those that this run was started with" in text and line in text
-
-
-def test_the_order_of_listing_changes_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = whole(photos, tmp_path)
-    run = tiny(photos, tmp_path)
-    assert run.train(stop_in=(2, 1)) == EXIT_STOPPED
-    copy = tmp_path / "moved"
-    for file in sorted(photos.rglob("*.png"), reverse=True):
-        (copy / file.relative_to(photos)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, copy / file.relative_to(photos))
-    _list_backwards(monkeypatch)
-    from lowmem.training.resume import resume_run
-
-    assert resume_run(run.out, vram=None, data=copy, overrides=(), checkpoint_every="10m") == 0
-    assert differing(expected, run.end()) == []
-
-
-def _list_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
-    scandir, listdir, iterdir = os.scandir, os.listdir, Path.iterdir
-
-    class Backwards:
-        def __init__(self, path: Any = ".") -> None:
-            with scandir(path) as entries:
-                self.entries = iter(sorted(entries, key=lambda e: os.fsdecode(e.name), reverse=True))
-
-        def __enter__(self) -> "Backwards":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def __iter__(self) -> Any:
-            return self.entries
-
-        def __next__(self) -> Any:
-            return next(self.entries)
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(os, "scandir", Backwards)
-    monkeypatch.setattr(os, "listdir", lambda path=".": sorted(listdir(path), reverse=True))
-    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(iterdir(self), reverse=True)))
