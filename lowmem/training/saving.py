@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -108,8 +109,8 @@ class Saver:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         started = time.perf_counter()
-        _yield_to_training()
         try:
+            _yield_to_training()
             refuse_not_finite(checkpoint)
             path = self.checkpoints.write(checkpoint)
             self.written(path, time.perf_counter() - started, self.host_bytes)
@@ -120,7 +121,8 @@ class Saver:
 def _yield_to_training() -> None:
     """The calling thread takes a core only when nobody else wants it; Linux alone has priorities of threads for everybody."""
     if sys.platform.startswith("linux"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def refuse_not_finite(checkpoint: Checkpoint) -> None:
