@@ -159,7 +159,7 @@ def new_run_folder(path: Path | None, recipe_name: str) -> RunFolder:
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
+        probe = path / ".probe.partial"
         probe.write_bytes(b"lowmem")
         probe.unlink()
     except OSError as error:

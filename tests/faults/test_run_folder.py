@@ -25,6 +25,7 @@ from tests.faults.harness import (
     train_arguments,
     wait_for,
 )
+from tests.faults.model_disk import Crash
 from tests.faults.stops import TinyRun
 
 
@@ -144,3 +145,20 @@ def test_a_run_that_died_before_its_recipe_was_written_starts_again(inputs: Any,
     assert TinyRun(*inputs, out).train() == 0
     with pytest.raises(LowmemError, match="lowmem resume"):
         TinyRun(*inputs, out).train()
+
+
+def test_a_kill_while_the_folder_is_tried_out_does_not_block_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by the thousand kills: one died between the write and the removal of the file that tries the folder."""
+    out = tmp_path / "run"
+
+    def die(self: Path, missing_ok: bool = False) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", die)
+        with pytest.raises(Crash):
+            new_run_folder(out, "x")
+    assert list(out.iterdir())
+    assert new_run_folder(out, "x").path == out
