@@ -1,0 +1,79 @@
+"""Training: new runs, and runs that go on."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from lowmem.cli.app import app
+from lowmem.cli.options import (
+    Allow,
+    CheckpointEvery,
+    Data,
+    Device,
+    Ram,
+    RecipeName,
+    RunArgument,
+    Set,
+    Vram,
+    Weights,
+    overrides,
+)
+
+
+@app.command()
+def train(
+    recipe: RecipeName = "quickstart",
+    data: Data = None,
+    vram: Vram = "8G",
+    ram: Ram = None,
+    device: Device = "auto",
+    out: Annotated[Optional[Path], typer.Option("--out", help="Run folder. Default: runs/RECIPE-DATE-TIME.")] = None,
+    set_: Set = None,
+    weights: Weights = None,
+    plan: Annotated[Optional[Path], typer.Option("--plan", help="Follow this plan.json instead of planning.")] = None,
+    allow: Allow = "rounding",
+    checkpoint_every: CheckpointEvery = "10m",
+) -> None:
+    """Train a recipe on your images within a memory budget. Ctrl-C stops after the running step, with a checkpoint: exit code 130."""
+    from lowmem.training.start import TrainRequest, train_new_run
+
+    request = TrainRequest(
+        recipe=recipe,
+        data=data,
+        vram=vram,
+        ram=ram,
+        device=device,
+        out=out,
+        overrides=overrides(set_, weights),
+        plan_file=plan,
+        allow=allow,
+        checkpoint_every=checkpoint_every,
+    )
+    raise typer.Exit(train_new_run(request))
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    vram: Annotated[Optional[str], typer.Option("--vram", help="Continue under a plan for this budget.")] = None,
+    data: Data = None,
+    set_: Set = None,
+    checkpoint_every: CheckpointEvery = "10m",
+) -> None:
+    """Continue a run that was stopped, killed or has crashed, to the same classifier."""
+    from lowmem.training.resume import resume_run
+
+    raise typer.Exit(
+        resume_run(run, vram=vram, data=data, overrides=tuple(set_ or ()), checkpoint_every=checkpoint_every)
+    )
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship with lowmem."""
+    from lowmem.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        found = load_recipe(name)
+        print(f"{name:<32} {found.model.name}, {found.data.train_px} px, batch {found.batch.size}")
