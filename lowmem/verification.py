@@ -26,6 +26,7 @@ from lowmem.planning.plan import Exactness, Plan
 from lowmem.randomness import torch_seed
 from lowmem.recipe import Recipe
 from lowmem.sizes import format_size
+from lowmem.training.ema import PREFIX, is_ema
 from lowmem.training.engine import Engine, OutOfBudgetError
 from lowmem.training.model import initialised_model
 
@@ -33,12 +34,12 @@ ROUNDING_TOLERANCE = {"fp32": 0.01, "bf16": 0.15, "fp16": 0.05}
 """Largest relative difference of a kind of state under the claim `rounding`, by the arithmetic of the forward pass."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 State = dict[str, dict[str, Tensor]]
-"""Tensors by kind (weights, buffers, optimizer) and name."""
+"""Tensors by kind (weights, buffers, optimizer, average) and name."""
 
 
 @dataclass(frozen=True)
 class KindComparison:
-    """One kind of state: `relative` is the norm of the difference over that of the reference (for weights, of their change)."""
+    """One kind of state: `relative` is the norm of the difference over that of the reference (for weights and their average, of their change)."""
 
     kind: str
     num_entries: int
@@ -176,8 +177,9 @@ def _trained(
         state = {
             "weights": {name: tensor for name, tensor in tensors.items() if name in weights},
             "buffers": {name: tensor for name, tensor in tensors.items() if name not in weights},
-            "optimizer": engine.optimizer_tensors(),
         }
+        for name, tensor in engine.optimizer_tensors().items():
+            state.setdefault("average" if is_ema(name) else "optimizer", {})[name] = tensor
     except OutOfBudgetError as error:
         which = "plan" if plan.budget else "unconstrained run, which must fit for a comparison,"
         raise LowmemError(
@@ -194,7 +196,8 @@ def _compare(
     num_differing, max_abs, difference_sq, scale_sq = 0, 0.0, 0.0, 0.0
     for name, expected in reference.items():
         is_count = name.startswith("step/") or not expected.is_floating_point()
-        origin = start[name].double() if kind == "weights" else 0.0
+        begun = start.get(name.removeprefix(PREFIX)) if kind in ("weights", "average") else None
+        origin = 0.0 if begun is None else begun.double()
         scale_sq += 0.0 if is_count else float((expected.double() - origin).square().sum())
         if same_bits(expected, state[name]):
             continue

@@ -66,6 +66,7 @@ class MemoryBreakdown(Frozen):
     """Bytes on the device at the moment of the peak, by what they are for."""
 
     weights: Bytes = 0
+    ema: Bytes = 0
     gradients: Bytes = 0
     optimizer: Bytes = 0
     activations: Bytes = 0
@@ -74,7 +75,9 @@ class MemoryBreakdown(Frozen):
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.inputs + self.workspace
+        return (
+            self.weights + self.ema + self.gradients + self.optimizer + self.activations + self.inputs + self.workspace
+        )
 
 
 class BudgetLine(Frozen):

@@ -18,10 +18,11 @@ from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import Option, block_options, block_signature
 from lowmem.planning.plan import KEEP_ALL, Budget, Exactness, LoaderPlan, Placement, Plan, Prediction
 from lowmem.planning.solve import BlockTerm, Problem, Solution, cheapest, leanest, least_extra_s
-from lowmem.planning.timing import link_seconds, optimizer_seconds, seconds
+from lowmem.planning.timing import ema_seconds, link_seconds, optimizer_seconds, seconds
 from lowmem.planning.trace import StepTrace, optimizer_bytes, trace_evaluation, trace_step
 from lowmem.recipe import Recipe
 from lowmem.sizes import GIB, MIB, format_size
+from lowmem.training.ema import ema_bytes
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "rounding", "statistical")
 MAX_TRIES = 4
@@ -316,7 +317,8 @@ def _step_seconds(planning: Planning, trace: StepTrace, plan: Plan, extra_s: flo
     update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec) + _placement_seconds(
         planning, plan.optimizer
     )
-    return num_parts * (seconds(trace.ops, planning.spec) / traced_parts + extra_s) + update_s
+    average_s = ema_seconds(ema_bytes(planning.network.model, planning.recipe.ema), planning.spec)
+    return num_parts * (seconds(trace.ops, planning.spec) / traced_parts + extra_s) + update_s + average_s
 
 
 def _policies(problem: Problem, solution: Solution) -> dict:
@@ -358,7 +360,11 @@ def _eval_batch(planning: Planning, plan: Plan, limit_bytes: int) -> int:
     px = max(planning.recipe.data.val_px, planning.recipe.data.test_px)
     weights = sum(t.nbytes for t in (*planning.network.model.parameters(), *planning.network.model.buffers()))
     per_image = max(1, (trace_evaluation(planning.network, plan, px, 2) - weights) // 2)
-    resident = weights + optimizer_bytes(planning.named, plan.optimizer)
+    resident = (
+        weights
+        + ema_bytes(planning.network.model, planning.recipe.ema)
+        + optimizer_bytes(planning.named, plan.optimizer)
+    )
     return max(1, min(LARGEST_EVAL_BATCH, (limit_bytes - resident) // per_image))
 
 

@@ -50,3 +50,8 @@ def optimizer_seconds(num_parameters: int, placement: str, spec: DeviceSpec) -> 
     if placement == "host":
         return update_s + link_seconds(moved_bytes, spec)
     return update_s + (hidden_copy_seconds(moved_bytes, spec) if placement == "host_backward" else 0.0)
+
+
+def ema_seconds(num_bytes: int, spec: DeviceSpec) -> float:
+    """The average of weights and statistics is read and written, and they are read."""
+    return 3 * num_bytes / (BANDWIDTH_EFFICIENCY * spec.bandwidth)

@@ -17,12 +17,13 @@ from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
+from lowmem.memory.host_optimizer import staging_sizes
 from lowmem.memory.meter import MemoryMeter, host_memory
-from lowmem.memory.optimizer import staging_sizes
 from lowmem.planning.cost import OpCost, op_cost
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import MemoryBreakdown, Placement, Plan
 from lowmem.recipe import MixupRecipe, Recipe
+from lowmem.training.ema import ema_bytes
 from lowmem.training.objective import Objective
 from lowmem.training.step import TrainStep, autocast
 
@@ -130,6 +131,8 @@ def trace_step(network: FakeNetwork, plan: Plan, recipe: Recipe) -> StepTrace:
             [*network.model.parameters(), *network.model.buffers(), *backup.copies, objective.weights_K], "weights"
         )
         meter.adopt([optimizer.state], "optimizer")
+        average = torch.empty(ema_bytes(network.model, recipe.ema), dtype=torch.uint8)
+        meter.adopt([average], "ema")
         host_batch = _host_batch(recipe)
         try:
             with meter:

@@ -1,11 +1,12 @@
 """Engine: the recipe's model under a plan, on its device.
 
-The plan can be exchanged between two steps: weights, statistics and optimiser state carry over. A step that runs out of
+The plan can be exchanged between two steps: weights, statistics, their average (where the recipe has one) and optimiser state carry
+over. A step that runs out of
 memory leaves everything as it was before it, unless the plan updates weights during the backward pass; then the last
 checkpoint has to be restored.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lowmem.memory.limit import enforce, is_out_of_memory, recover
 from lowmem.memory.optimizer import place_optimizer
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
+from lowmem.training.ema import Ema, is_ema
 from lowmem.training.model import freeze_batchnorm
 from lowmem.training.objective import Objective
 from lowmem.training.step import TrainStep
@@ -33,7 +35,7 @@ class OutOfBudgetError(Exception):
 
 
 class Engine:
-    """Weights, statistics, optimiser and the step that changes them.
+    """Weights, statistics, their average, optimiser and the step that changes them.
 
     `class_counts_K`: images of each class in the training set, int64 [K].
     """
@@ -43,7 +45,13 @@ class Engine:
         self.model = model
         self.device = torch.device(plan.device)
         self.objective = Objective(recipe.loss, class_counts_K, self.device)
+        self.ema = None if recipe.ema.decay is None else Ema(model.to(self.device), recipe.ema)
         self._use(plan)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The classifier that the run gives as it stands: the average where the recipe has one, or the model itself."""
+        return self.model if self.ema is None else self.ema.model
 
     def train_step(self, batch: HostBatch, device_input: DeviceInput, epoch: int, step: int, lr: float) -> Tensor:
         """One optimiser step on a batch of the recipe's size; returns its loss on the device, float32 scalar."""
@@ -52,7 +60,10 @@ class Engine:
         problem = ""
         try:
             with self.enforcement.watch("training, mixed" if device_input.is_mixed(epoch, step) else "training"):
-                return self.step(device_input.prepare(batch, epoch, step), epoch, step)
+                loss = self.step(device_input.prepare(batch, epoch, step), epoch, step)
+                if self.ema is not None:
+                    self.ema.update(self.model)
+                return loss
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -80,16 +91,24 @@ class Engine:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.optimizer.state_tensors().items()
-        }
+        """State of the optimizer and of the average, contiguous copies on the CPU."""
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.iter_optimizer_state()}
+
+    def iter_optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The same tensors as they are, one by one."""
+        yield from self.optimizer.iter_state()
+        if self.ema is not None:
+            yield from self.ema.iter_state()
 
     def load_tensors(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Take over weights, statistics and optimizer state; raises LowmemError naming the first tensor that does not fit."""
+        """Take over weights, statistics and optimizer state, the average's with it; raises LowmemError naming the first tensor that
+        does not fit."""
         _check_layout(self.model.state_dict().items(), model)
-        _check_layout(self.optimizer.iter_state(), optimizer)
+        _check_layout(self.iter_optimizer_state(), optimizer)
         self.model.load_state_dict(model)
-        self.optimizer.load_state_tensors(optimizer)
+        self.optimizer.load_state_tensors({name: t for name, t in optimizer.items() if not is_ema(name)})
+        if self.ema is not None:
+            self.ema.load_state(optimizer)
 
     def scaler_state(self) -> dict[str, float | int] | None:
         return None if self.step.scaler is None else self.step.scaler.state_dict()
@@ -106,6 +125,8 @@ class Engine:
         torch.backends.cudnn.benchmark = plan.cudnn_benchmark
         memory_format = torch.channels_last if plan.memory_format == "channels_last" else torch.contiguous_format
         self.model.to(device=self.device, memory_format=memory_format)
+        if self.ema is not None:
+            self.ema.model.to(memory_format=memory_format)
         self.training_mode()
         self.policies = apply_policies(self.model, plan.blocks)
         self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
@@ -127,6 +148,7 @@ class Engine:
         yield from self.model.buffers()
         yield from self.optimizer.device_tensors()
         yield from self.backup.copies
+        yield from self.ema.device_tensors() if self.ema is not None else ()
         yield self.objective.weights_K
 
     def _dismantle(self) -> None:

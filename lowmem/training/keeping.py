@@ -43,7 +43,7 @@ def keep_epoch(run: Run, evaluation: Evaluation) -> None:
     best = is_best(run.state.schedule, evaluation.accuracy, evaluation.loss)
     with writing(run.folder.path, "the epoch's results", checkpoint.num_bytes):
         if best:
-            save_classifier(run.folder.classifier, run.engine.model, run.classifier_info)
+            save_classifier(run.folder.classifier, run.engine.evaluated_model, run.classifier_info)
             write_evaluation(run.folder.evaluation, evaluation)
         append_epoch(run.folder.epochs, row)
     schedule = after_epoch(

@@ -43,6 +43,9 @@ PLAN_IS_KEPT = (
     "optimizer.weight_decay",
     "optimizer.betas",
     "optimizer.eps",
+    "optimizer.layer_decay",
+    "optimizer.exclude_norm_and_bias",
+    "ema.",
 )
 """Changes that cost neither memory nor time; after any other a new plan is made for the same budget."""
 
@@ -96,6 +99,10 @@ def changed_recipe(recipe: Recipe, overrides: tuple[str, ...], step: int) -> Rec
         if key in FIXED_KEYS:
             raise LowmemError(
                 f"--set {key}: a run cannot change {key} in the middle. Start a new one with lowmem train --set {key}=..."
+            )
+        if key == "ema.decay" and None in (recipe.ema.decay, changed.ema.decay):
+            raise LowmemError(
+                "--set ema.decay: a run cannot begin or end its average in the middle. Start a new one with lowmem train --set ema.decay=..."
             )
         if key == "batch.size" and step:
             raise LowmemError(

@@ -84,7 +84,7 @@ class Saver:
         """The state in the host buffer; waits for an earlier write of the buffer and raises its error."""
         self.wait()
         model = self.model.take(engine.model.state_dict().items())
-        return Checkpoint(state, model, self.optimizer.take(engine.optimizer.iter_state()))
+        return Checkpoint(state, model, self.optimizer.take(engine.iter_optimizer_state()))
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write what `copy` gave beside what comes next."""

@@ -1,8 +1,9 @@
 """The learning rate, the best epoch and the early stop, as pure functions of what they are told.
 
-Warm-up is linear over the first epochs, step by step. After it, the rate is multiplied by `decay_factor` whenever neither
-validation accuracy nor validation loss improved for `patience` epochs running; a reset sets the rate at the start of its
-epoch. Epochs count from 1, steps from 0. A metric that is not a finite number never improves anything.
+Warm-up is linear over the first epochs, step by step. After it, under `plateau`, the rate is multiplied by `decay_factor` whenever
+neither validation accuracy nor validation loss improved for `patience` epochs running, and a reset sets the rate at the start of its
+epoch. Under `cosine` it falls to `min_lr`, step by step over the epochs that are left: timm's CosineLRScheduler with warmup_prefix.
+Epochs count from 1, steps from 0. A metric that is not a finite number never improves anything.
 """
 
 import math
@@ -21,7 +22,7 @@ class ScheduleState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     lr: Annotated[float, Field(ge=0)]
-    """Learning rate after warm-up, as decays and resets have left it."""
+    """Learning rate after warm-up, as decays and resets have left it; of a cosine, the highest."""
     best_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     best_accuracy_loss: float | None = None
     """Validation loss of the epoch with the best accuracy, which settles a tie."""
@@ -39,10 +40,22 @@ def first_state(recipe: Recipe) -> ScheduleState:
 
 def learning_rate(state: ScheduleState, schedule: ScheduleRecipe, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The rate of one step."""
-    if epoch > schedule.warmup_epochs:
-        return state.lr
-    progress = (epoch - 1) + (step + 1) / steps_per_epoch
-    return state.lr * progress / schedule.warmup_epochs
+    if epoch <= schedule.warmup_epochs:
+        progress = (epoch - 1) + (step + 1) / steps_per_epoch
+        return state.lr * progress / schedule.warmup_epochs
+    if schedule.kind == "cosine":
+        num_steps = (schedule.epochs - schedule.warmup_epochs) * steps_per_epoch
+        return cosine(
+            state.lr, schedule.min_lr, (epoch - 1 - schedule.warmup_epochs) * steps_per_epoch + step, num_steps
+        )
+    return state.lr
+
+
+def cosine(highest: float, lowest: float, step: int, num_steps: int) -> float:
+    """From `highest` at step 0 towards `lowest` at step `num_steps`, and there from then on."""
+    if step >= num_steps:
+        return lowest
+    return lowest + 0.5 * (highest - lowest) * (1 + math.cos(math.pi * step / num_steps))
 
 
 def at_epoch_start(state: ScheduleState, schedule: ScheduleRecipe, epoch: int) -> ScheduleState:
@@ -68,7 +81,7 @@ def after_epoch(
     if better_accuracy or better_loss:
         return state.model_copy(update={**changes, "epochs_without_decay": 0, "epochs_without_improvement": 0})
     changes["epochs_without_improvement"] = state.epochs_without_improvement + 1
-    if epoch <= schedule.warmup_epochs:
+    if epoch <= schedule.warmup_epochs or schedule.kind == "cosine":
         return state.model_copy(update=changes)
     stale = state.epochs_without_decay + 1
     if stale >= schedule.patience:

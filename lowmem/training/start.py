@@ -24,6 +24,7 @@ from lowmem.recipe import Recipe, load_recipe
 from lowmem.results.classifier import classifier_info
 from lowmem.sizes import parse_size
 from lowmem.training.checkpoint import Checkpoints
+from lowmem.training.ema import ema_bytes
 from lowmem.training.engine import Engine
 from lowmem.training.folder import RunFolder, new_run_folder
 from lowmem.training.interrupt import StoppedError, StopRequest
@@ -152,7 +153,8 @@ def assemble(
     if plan.loader.torch_threads:
         torch.set_num_threads(plan.loader.torch_threads)
     weights, buffers = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
-    folder.refuse_too_small(3 * weights + buffers, weights + buffers)
+    average = ema_bytes(model, recipe.ema)
+    folder.refuse_too_small(3 * weights + buffers + average, weights + buffers)
     engine = Engine(model, recipe, plan, torch.from_numpy(dataset.train.counts(len(dataset.classes))))
     info = classifier_info(recipe, model, dataset.classes)
     data = recipe.data

@@ -34,7 +34,12 @@ def _try(run: Run, batch_size: int) -> Evaluation | None:
     try:
         with run.engine.enforcement.watch(f"evaluation, batch {batch_size}"):
             return evaluate(
-                run.engine.model, batches, run.device_input, run.plan, run.dataset.classes, run.recipe.data.val_px
+                run.engine.evaluated_model,
+                batches,
+                run.device_input,
+                run.plan,
+                run.dataset.classes,
+                run.recipe.data.val_px,
             )
     except RuntimeError as error:
         if not is_out_of_memory(error) or batch_size == 1:

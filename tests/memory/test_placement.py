@@ -26,8 +26,8 @@ PLACEMENTS = [placement for placement in get_args(Placement) if placement != "de
 
 
 def _stage_through(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr("lowmem.memory.optimizer.STAGING_BYTES", num_bytes)
-    monkeypatch.setattr("lowmem.memory.optimizer.CHUNK_ELEMENTS", num_bytes // 8, raising=False)
+    monkeypatch.setattr("lowmem.memory.host_optimizer.STAGING_BYTES", num_bytes)
+    monkeypatch.setattr("lowmem.memory.host_optimizer.CHUNK_ELEMENTS", num_bytes // 8, raising=False)
 
 
 @pytest.fixture(params=[2**25, 200 * 1024], ids=["one buffer", "many groups"])

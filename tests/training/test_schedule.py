@@ -1,6 +1,8 @@
 import math
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
 
 from lowmem.recipe import Recipe
 from lowmem.training.schedule import after_epoch, at_epoch_start, first_state, is_best, learning_rate, stops_early
@@ -69,3 +71,26 @@ def test_ties_go_to_the_lower_loss():
     made = recipe()
     state = after_epoch(first_state(made), made.schedule, 1, 0.5, 1.0)
     assert is_best(state, 0.5, 0.9) and not is_best(state, 0.5, 1.0) and not is_best(state, 0.4, 0.1)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_the_cosine_is_timms(warmup):
+    made = recipe(kind="cosine", epochs=5, warmup_epochs=warmup, min_lr=0.01)
+    num_steps, state = 7, first_state(made)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    timms = CosineLRScheduler(
+        optimizer, t_initial=(5 - warmup) * num_steps, lr_min=0.01, warmup_t=warmup * num_steps, warmup_prefix=True, t_in_epochs=False
+    )  # fmt: skip
+    for epoch in range(warmup + 1, 6):
+        state = at_epoch_start(state, made.schedule, epoch)
+        for step in range(num_steps):
+            timms.step_update((epoch - 1) * num_steps + step)
+            assert learning_rate(state, made.schedule, epoch, step, num_steps) == optimizer.param_groups[0]["lr"]
+        state = after_epoch(state, made.schedule, epoch, 0.1, 1.0)
+    timms.step_update(5 * num_steps)
+    assert learning_rate(state, made.schedule, 6, 0, num_steps) == 0.01 == optimizer.param_groups[0]["lr"]
+
+
+def test_a_cosine_has_no_resets():
+    with pytest.raises(ValueError, match="plateau"):
+        recipe(kind="cosine", resets=[{"epoch": 2, "lr": 0.1}])
