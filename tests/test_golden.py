@@ -16,6 +16,7 @@ def test_the_losses_are_the_golden_ones() -> None:
         [sys.executable, str(TOOL), "--check"], capture_output=True, text=True, env=os.environ | PYTHONPATH, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "The losses are the golden ones." in done.stdout
 
 
 def test_a_changed_loss_would_be_noticed() -> None:
@@ -31,6 +32,8 @@ def test_a_changed_loss_would_be_noticed() -> None:
     losses[7] = (value + 2**-24).hex()
     told = make_golden.compared(golden, golden["versions"], losses)
     assert len(told) == 1 and "the first at step 7" in told[0]
+    on_another_processor = golden["versions"] | {"processor": "another", "torch": "2.14.1"}
+    assert make_golden.compared(golden, on_another_processor, losses) == told
     elsewhere = golden["versions"] | {"torch": "0"}
     assert make_golden.compared(golden, elsewhere, losses) == []
     losses[7] = (value + 0.01).hex()
