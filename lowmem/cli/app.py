@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowmem.errors import LowmemError
+from lowmem.training.interrupt import EXIT_STOPPED, stopping_at_once
 
-EXIT_ERROR, EXIT_STOPPED, EXIT_DIFFERS = 2, 130, 3
+EXIT_ERROR, EXIT_DIFFERS = 2, 3
 
 app = typer.Typer(
     add_completion=False,
@@ -33,7 +34,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     try:
-        app()
+        with stopping_at_once():
+            app()
     except LowmemError as error:
         if DEBUG["on"]:
             raise

@@ -57,16 +57,31 @@ def train(
 def resume(
     run: RunArgument,
     vram: Annotated[Optional[str], typer.Option("--vram", help="Continue under a plan for this budget.")] = None,
+    ram: Ram = None,
+    device: Annotated[
+        Optional[str], typer.Option("--device", help="Continue on another device: cpu, cuda or cuda:N.")
+    ] = None,
+    allow: Annotated[
+        Optional[str], typer.Option("--allow", help="How far a new plan may go: bitwise, rounding or statistical.")
+    ] = None,
     data: Data = None,
     set_: Set = None,
     checkpoint_every: CheckpointEvery = "10m",
 ) -> None:
     """Continue a run that was stopped, killed or has crashed, to the same classifier."""
-    from lowmem.training.resume import resume_run
+    from lowmem.training.resume import ResumeRequest, resume_run
 
-    raise typer.Exit(
-        resume_run(run, vram=vram, data=data, overrides=tuple(set_ or ()), checkpoint_every=checkpoint_every)
+    request = ResumeRequest(
+        run=run,
+        vram=vram,
+        ram=ram,
+        device=device,
+        allow=allow,
+        data=data,
+        overrides=tuple(set_ or ()),
+        checkpoint_every=checkpoint_every,
     )
+    raise typer.Exit(resume_run(request))
 
 
 @app.command()

@@ -29,7 +29,7 @@ SWAP_BYTES_S = 4 * MIB
 STALLED_FRAC = 0.10
 """Share of the last 10 s in which some task waited for memory (Linux PSI)."""
 HOST_LEFT_FRAC, CARD_LEFT_FRAC, OVER_BUDGET_FRAC = 0.02, 0.02, 0.05
-PSI = Path("/proc/pressure/memory")
+PSI, VMSTAT = Path("/proc/pressure/memory"), Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,15 @@ def stalled_frac(path: Path = PSI) -> float | None:
         return float(next(item for item in fields if item.startswith("avg10=")).removeprefix("avg10=")) / 100
     except (OSError, ValueError, StopIteration):
         return None
+
+
+def num_oom_kills(path: Path = VMSTAT) -> int:
+    """How many processes Linux's memory killer has ended since the system started; 0 where the system does not tell."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("oom_kill ")))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def _is_over_budget(reading: Reading, budget_bytes: int | None) -> bool:

@@ -3,6 +3,7 @@ purpose, under the same plan or another."""
 
 import dataclasses
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lowmem.errors import LowmemError
 from lowmem.machine import choose_device
 from lowmem.memory.housekeeping import prepare_allocator
 from lowmem.planning.devices import device_spec, settle_amp
+from lowmem.planning.explain import plan_lines
 from lowmem.planning.plan import Plan
 from lowmem.progress import Progress, open_progress
 from lowmem.recipe import Recipe, field_names, with_overrides
@@ -22,6 +24,7 @@ from lowmem.training.folder import RunFolder, open_run_folder
 from lowmem.training.keeping import save_checkpoint
 from lowmem.training.lock import RunLock
 from lowmem.training.model import build_model, initialised_model
+from lowmem.training.run import Run
 from lowmem.training.start import (
     TrainRequest,
     assemble,
@@ -50,27 +53,41 @@ PLAN_IS_KEPT = (
 """Changes that cost neither memory nor time; after any other a new plan is made for the same budget."""
 
 
-def resume_run(
-    path: Path, vram: str | None, data: Path | None, overrides: tuple[str, ...], checkpoint_every: str
-) -> int:
+@dataclass(frozen=True)
+class ResumeRequest:
+    """The options of `lowmem resume`; None leaves as it was."""
+
+    run: Path
+    vram: str | None = None
+    ram: str | None = None
+    device: str | None = None
+    allow: str | None = None
+    data: Path | None = None
+    overrides: tuple[str, ...] = ()
+    checkpoint_every: str = "10m"
+
+
+def resume_run(request: ResumeRequest) -> int:
     """Continue an earlier run; returns the exit code. Without changes it ends in bitwise the classifier of a run in one go."""
     prepare_allocator()
-    cadence = parse_cadence(checkpoint_every)
-    folder = open_run_folder(path)
+    cadence = parse_cadence(request.checkpoint_every)
+    folder = open_run_folder(request.run)
     with ExitStack() as stack:
         progress = stack.enter_context(open_progress())
-        stack.enter_context(RunLock(folder))
+        lock = stack.enter_context(RunLock(folder))
+        _tell_of_last_end(lock, folder, progress)
         put_back_classifier(folder.classifier)
         checkpoints = Checkpoints(folder.checkpoints)
         where, checkpoint = _newest(checkpoints, progress)
         before = checkpoint.state.recipe if checkpoint else folder.read_recipe()
-        recipe = changed_recipe(before, overrides, checkpoint.state.step if checkpoint else 0)
-        dataset = open_data(recipe, data or folder.data_root(), progress)
+        recipe = changed_recipe(before, request.overrides, checkpoint.state.step if checkpoint else 0)
+        dataset = open_data(recipe, request.data or folder.data_root(), progress)
         folder.check_same_data(dataset, checkpoint.state.dataset if checkpoint else folder.data_fingerprint())
-        device = choose_device(folder.read_plan().device)
+        old_plan = folder.read_plan()
+        device = choose_device(request.device or old_plan.device)
         recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, device_spec(device))})
         changes = recipe_changes(before, recipe)
-        plan = _plan(folder.read_plan(), device, recipe, changes, vram, dataset)
+        plan = _plan(request, old_plan, device, recipe, changes, dataset)
         if checkpoint:
             _tell_of_edits(folder, before, where, progress)
             model = build_model(recipe.model, len(dataset.classes))
@@ -81,8 +98,8 @@ def resume_run(
         run = assemble(stack, folder, checkpoints, recipe, plan, dataset, model, state, progress, cadence)
         if checkpoint:
             run.restore(dataclasses.replace(checkpoint, state=state))
-        folder.record("resumed", checkpoint=where, vram=vram, epoch=state.epoch, step=state.step)
-        progress.say(f"Resumed from {where}: epoch {state.epoch}, step {state.step}.")
+        folder.record("resumed", checkpoint=where, vram=request.vram, epoch=state.epoch, step=state.step)
+        _tell_where_it_stands(run, where, old_plan)
         if changes or not checkpoint:
             save_checkpoint(run, wait=True)
         if changes:
@@ -141,24 +158,55 @@ def _newest(checkpoints: Checkpoints, progress: Progress) -> tuple[str, Checkpoi
 
 
 def _plan(
-    plan: Plan, device: torch.device, recipe: Recipe, changes: list[str], vram: str | None, dataset: Dataset
+    request: ResumeRequest, plan: Plan, device: torch.device, recipe: Recipe, changes: list[str], dataset: Dataset
 ) -> Plan:
-    """The plan to go on with: the run's own, or a new one where the budget or the recipe asks for it."""
-    needing = [change for change in changes if not change.startswith(PLAN_IS_KEPT)]
-    if vram is None and needing:
+    """The plan to go on with: the run's own, or a new one where the request or the recipe asks for it."""
+    needing = [f"--set {change.partition(':')[0]}" for change in changes if not change.startswith(PLAN_IS_KEPT)]
+    if str(device) != plan.device:
+        needing.append(f"--device {device}")
+    asked = [name for name in ("vram", "ram", "allow") if getattr(request, name) is not None]
+    if not needing and not asked:
+        return plan
+    vram = request.vram
+    if vram is None:
         if plan.budget is None:
             raise LowmemError(
-                f"--set {needing[0].partition(':')[0]}: this change needs a new plan, and the run's own names no budget. "
+                f"{(needing or [f'--{asked[0]}'])[0]}: this change needs a new plan, and the run's own names no budget. "
                 f"Add --vram, as in --vram 8G."
             )
         vram = short_size(plan.budget.total_bytes)
-    if vram is None:
-        return plan
-    allow = "statistical" if plan.exactness == "statistical" else "rounding"
-    found = plan_for(TrainRequest(vram=vram, allow=allow), recipe, device_spec(device), device, dataset)
+    allow = request.allow or ("statistical" if plan.exactness == "statistical" else "rounding")
+    wanted = TrainRequest(vram=vram, ram=request.ram, allow=allow)
+    found = plan_for(wanted, recipe, device_spec(device), device, dataset)
     # On a CPU the number of torch's threads decides in which order sums are formed: the run keeps its own.
     loader = found.loader.model_copy(update={"torch_threads": plan.loader.torch_threads})
     return found.model_copy(update={"loader": loader})
+
+
+def _tell_of_last_end(lock: RunLock, folder: RunFolder, progress: Progress) -> None:
+    if lock.last_end:
+        progress.warn(
+            f"The last part of this run {lock.last_end}. Nothing is lost but the steps since its last checkpoint."
+        )
+        folder.record("found_dead", how=lock.last_end)
+
+
+def _tell_where_it_stands(run: Run, where: str, old_plan: Plan) -> None:
+    state, say = run.state, run.progress.say
+    if run.plan != old_plan:
+        for line in plan_lines(run.plan):
+            say(line)
+    if run.plan.device != old_plan.device:
+        run.progress.warn(
+            f"The run began on {old_plan.device_name} and goes on on {run.plan.device_name}, which forms sums in another order: "
+            f"the weights will be the same up to rounding, not bit for bit."
+        )
+    if state.finished:
+        say(
+            f"This run is finished. To go on with it: lowmem resume {run.folder.path} --set schedule.epochs={state.epoch + 9}"
+        )
+    else:
+        say(f"Resumed from {where}: epoch {state.epoch}, step {state.step}.")
 
 
 def _tell_of_edits(folder: RunFolder, recipe: Recipe, where: str, progress: Progress) -> None:
@@ -178,7 +226,9 @@ def _changed_state(state: RunState, before: Recipe, recipe: Recipe) -> RunState:
     schedule = state.schedule
     if before.optimizer.lr != recipe.optimizer.lr:
         schedule = schedule.model_copy(update={"lr": recipe.optimizer.lr})
-    return state.model_copy(update={"recipe": recipe, "schedule": schedule, "finished": False})
+    return state.model_copy(
+        update={"recipe": recipe, "schedule": schedule, "finished": state.finished and recipe == before}
+    )
 
 
 def _record_changes(folder: RunFolder, recipe: Recipe, state: RunState, changes: list[str]) -> None:

@@ -27,7 +27,7 @@ from lowmem.training.checkpoint import Checkpoints
 from lowmem.training.ema import ema_bytes
 from lowmem.training.engine import Engine
 from lowmem.training.folder import RunFolder, new_run_folder
-from lowmem.training.interrupt import StoppedError, StopRequest
+from lowmem.training.interrupt import EXIT_STOPPED, StoppedError, StopRequest
 from lowmem.training.keeping import save_checkpoint
 from lowmem.training.lock import RunLock
 from lowmem.training.loop import train
@@ -37,7 +37,7 @@ from lowmem.training.saving import Saver
 from lowmem.training.schedule import first_state
 from lowmem.training.state import RunState
 
-EXIT_DONE, EXIT_STOPPED = 0, 130
+EXIT_DONE = 0
 
 
 @dataclass(frozen=True)

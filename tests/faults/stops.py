@@ -10,7 +10,7 @@ from typing import Any
 
 from lowmem.training import keeping
 from lowmem.training.engine import Engine
-from lowmem.training.resume import resume_run
+from lowmem.training.resume import ResumeRequest, resume_run
 from lowmem.training.start import TrainRequest, train_new_run
 from tests.faults.harness import STEPS_PER_EPOCH, TINY, end_state, make_plan_file
 
@@ -64,7 +64,7 @@ class TinyRun:
         self, stop_in: tuple[int, int] | None = None, *overrides: str, vram: str | None = None, seen: list | None = None
     ) -> int:
         with hook_steps(_interrupting(stop_in, seen)):
-            return resume_run(self.out, vram=vram, data=None, overrides=overrides, checkpoint_every="10m")
+            return resume_run(ResumeRequest(self.out, vram=vram, overrides=overrides))
 
     def end(self) -> dict[str, Any]:
         return end_state(self.out)

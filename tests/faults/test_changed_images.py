@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowmem.errors import LowmemError
-from lowmem.training.resume import resume_run
+from lowmem.training.resume import ResumeRequest, resume_run
 from tests.faults.harness import differing
 from tests.faults.stops import EXIT_STOPPED, TinyRun, tiny, whole
 
@@ -48,7 +48,7 @@ def test_the_order_of_listing_changes_nothing(photos: Path, tmp_path: Path, monk
         (copy / file.relative_to(photos)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy / file.relative_to(photos))
     _list_backwards(monkeypatch)
-    assert resume_run(run.out, vram=None, data=copy, overrides=(), checkpoint_every="10m") == 0
+    assert resume_run(ResumeRequest(run.out, data=copy)) == 0
     assert differing(expected, run.end()) == []
 
 

@@ -15,6 +15,7 @@ from lowmem.errors import LowmemError
 from lowmem.planning.plan import BlockPolicy
 from lowmem.recipe import load_recipe
 from lowmem.training.checkpoint import Checkpoints
+from lowmem.training.resume import ResumeRequest, resume_run
 from tests.faults.harness import STEPS_PER_EPOCH, differing, make_plan_file
 from tests.faults.stops import EVERY_STEP, EXIT_STOPPED, tiny, whole
 
@@ -134,12 +135,37 @@ def test_a_finished_run_is_extended(photos: Path, tmp_path: Path) -> None:
     assert differing(whole(photos, tmp_path), run.end()) == []
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_resumed_stays_as_it_is(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, steps = tiny(photos, tmp_path), []
     assert run.train() == 0
     before = run.end()
     assert run.resume(seen=steps) == 0
     assert steps == [] and differing(before, run.end()) == []
+    assert "is finished" in (told := capsys.readouterr().out) and "--set schedule.epochs=" in told
+
+
+def test_a_run_that_stopped_early_goes_on(photos: Path, tmp_path: Path) -> None:
+    """With a rate of nothing no epoch is better than the first."""
+    run, steps = tiny(photos, tmp_path, "run", 0, 1, "optimizer.lr=1e-30", "schedule.early_stopping=1"), []
+    assert run.train() == 0
+    stopped_in = Checkpoints(run.out / "checkpoints").newest()[1].state
+    assert stopped_in.finished and stopped_in.epoch == 3 <= stopped_in.recipe.schedule.epochs
+    assert run.resume(None, "schedule.early_stopping=0", seen=steps) == 0
+    assert steps == [(3, step) for step in range(STEPS_PER_EPOCH)]
+    assert differing(whole(photos, tmp_path, 1, "optimizer.lr=1e-30"), run.end()) == []
+
+
+def test_a_new_plan_on_request_needs_a_budget(photos: Path, tmp_path: Path) -> None:
+    run = tiny(photos, tmp_path)
+    assert run.train(stop_in=(1, 1)) == EXIT_STOPPED
+    with pytest.raises(LowmemError, match="--allow: .* Add --vram"):
+        resume_run(ResumeRequest(run.out, allow="statistical"))
+    with pytest.raises(LowmemError, match="exactness|bitwise"):
+        resume_run(ResumeRequest(run.out, allow="nothing", vram="1G"))
+    with pytest.raises(LowmemError, match="cuda|device"):
+        resume_run(ResumeRequest(run.out, device="cuda:99", vram="1G"))
 
 
 def test_a_change_of_the_recipe_is_made_and_recorded(photos: Path, tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """F3 and F4: run folders that are full, read-only, missing, too small, or in use."""
 
 import errno
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lowmem.disk import Disk
 from lowmem.errors import LowmemError
+from lowmem.memory.pressure import num_oom_kills
 from lowmem.training.checkpoint import Checkpoints
 from lowmem.training.folder import RunFolder, new_run_folder
 from lowmem.training.lock import RunLock
@@ -133,6 +136,34 @@ def test_a_lock_file_alone_locks_nothing(tmp_path: Path) -> None:
         pass
     with RunLock(RunFolder(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"oom_kills": 0}, "the system's memory killer has struck"),
+        ({"oom_kills": 5}, "was killed or has crashed"),
+        ({"oom_kills": 0, "started": 1.0}, "which was started anew"),
+        ({"oom_kills": "x"}, "was killed or has crashed"),
+    ],
+)
+def test_how_a_run_died_is_told_to_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], told: str
+) -> None:
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("nr_free_pages 7\noom_kill 5\n")
+    monkeypatch.setattr("lowmem.training.lock.num_oom_kills", lambda: num_oom_kills(vmstat))
+    (tmp_path / "run.lock").write_text(json.dumps({"pid": 1, "started": psutil.boot_time()} | facts))
+    with RunLock(RunFolder(tmp_path)) as lock:
+        assert told in lock.last_end
+    with RunLock(RunFolder(tmp_path)) as lock:
+        assert lock.last_end == "", "a holder that is done says nothing"
+
+
+def test_a_system_that_counts_no_kills_tells_none(tmp_path: Path) -> None:
+    assert num_oom_kills(tmp_path / "none") == 0
+    (tmp_path / "vmstat").write_text("oom_kill many\n")
+    assert num_oom_kills(tmp_path / "vmstat") == 0
 
 
 def test_a_run_that_died_before_its_recipe_was_written_starts_again(inputs: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lowmem.training.interrupt import stopping_at_once
 from tests.faults.child import Fault
 from tests.faults.harness import (
     Child,
@@ -105,3 +106,27 @@ def test_ctrl_break_stops_after_the_step(inputs: Any, tmp_path: Path) -> None:
     wait_for(lambda: num_events(tmp_path / "run", "epoch") >= 1)
     child.send_signal(signal.CTRL_BREAK_EVENT)
     assert child.wait(60) == EXIT_STOPPED
+
+
+@posix
+def test_a_signal_in_an_import_is_not_lost(tmp_path: Path) -> None:
+    """Modules that swallow a KeyboardInterrupt made runs go on, and numpy recursed to death after one."""
+    (tmp_path / "swallowing.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    for opening, expected in (("stopping_at_once()", EXIT_STOPPED), ("nullcontext()", 0)):
+        code = (
+            "from contextlib import nullcontext\nfrom lowmem.training.interrupt import stopping_at_once\n"
+            f"with {opening}:\n    import swallowing"
+        )
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+        assert done.returncode == expected
+        assert (b"Stopped." in done.stderr) == bool(expected)
+
+
+def test_a_signal_outside_of_a_run_is_a_keyboard_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stopping_at_once():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
