@@ -3,13 +3,12 @@
 The batch starts at the largest that is useful and is halved whenever it does not fit; images and results stay in order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
-from lowmem.data.folder import Split, labelled_images, unlabelled_images
-from lowmem.data.loader import EvalPixels, Loader
+from lowmem.data.folder import labelled_images, unlabelled_images
+from lowmem.data.loader import Loader
+from lowmem.data.pixels import EvalPixels
 from lowmem.data.readable import check_files
+from lowmem.data.split import Split, packed_split
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device
 from lowmem.memory.housekeeping import prepare_allocator
@@ -164,24 +165,11 @@ def _readable(split: Split) -> tuple[Split, list[tuple[str, str]]]:
     """The split without its unreadable images, and those with their reasons."""
     names = list(split.names())
     reasons = check_files(split.root, names).reasons
-    good = np.array([name not in reasons for name in names])
-    if not good.any():
+    good = [index for index, name in enumerate(names) if name not in reasons]
+    if not good:
         raise LowmemError(f"{split.root}: none of the {len(names)} images can be read.")
-    return _subset(split, good), sorted(reasons.items())
-
-
-def _subset(split: Split, wanted_N: np.ndarray) -> Split:
-    names: Iterator[bytes] = (
-        split.name(int(index)).encode("utf-8", "surrogateescape") for index in np.flatnonzero(wanted_N)
-    )
-    encoded = list(names)
-    offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded])]).astype(np.int64)
-    return replace(
-        split,
-        packed_paths=np.frombuffer(b"".join(encoded), dtype=np.uint8),
-        offsets=offsets,
-        labels=split.labels[wanted_N],
-    )
+    kept = packed_split(split.root, (names[index] for index in good), split.labels[good])
+    return kept, sorted(reasons.items())
 
 
 def _print_evaluation(evaluation: Evaluation, console: Console) -> None:

@@ -6,15 +6,14 @@ Layouts: DIR/train/CLASS/*, DIR/val/CLASS/* and optionally DIR/test/*; or DIR/CL
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from lowmem.data.decode import SUFFIXES
 from lowmem.data.readable import Checked, Tell, check_files
+from lowmem.data.split import Split, packed_split
 from lowmem.errors import LowmemError
 from lowmem.randomness import key
 
@@ -23,38 +22,6 @@ MAX_UNREADABLE_FRAC = 0.01
 NUM_LISTED = 20
 IMBALANCE_RATIO = 10
 UNLABELLED = -1
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images and labels in a fixed order. Paths are one array of bytes, so that a million of them cost about 50 MB and no
-    worker copies them by counting references. `labels` is int64 [N], -1 where there is none."""
-
-    root: Path
-    packed_paths: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        """Path relative to the data folder, with forward slashes."""
-        return (
-            self.packed_paths[self.offsets[index] : self.offsets[index + 1]]
-            .tobytes()
-            .decode("utf-8", "surrogateescape")
-        )
-
-    def path(self, index: int) -> Path:
-        return self.root / self.name(index)
-
-    def names(self) -> Iterator[str]:
-        return (self.name(index) for index in range(len(self)))
-
-    def counts(self, num_classes: int) -> np.ndarray:
-        """Images of each class, int64 [K]."""
-        return np.bincount(self.labels[self.labels >= 0], minlength=num_classes)
 
 
 @dataclass(frozen=True)
@@ -240,19 +207,11 @@ def _split(root: Path, table: dict[str, list[str]], classes: tuple[str, ...]) ->
     numbers = {label: number for number, label in enumerate(classes)}
     names = [name for label in classes for name in table.get(label, ())]
     labels = [numbers[label] for label in classes for _ in table.get(label, ())]
-    return _packed(root, names, labels)
+    return packed_split(root, names, labels)
 
 
 def _flat_split(root: Path, names: list[str]) -> Split:
-    return _packed(root, names, [UNLABELLED] * len(names))
-
-
-def _packed(root: Path, names: list[str], labels: Iterable[int]) -> Split:
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-    offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded], dtype=np.int64)]).astype(np.int64)
-    return Split(
-        root, np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets, np.array(list(labels), dtype=np.int64)
-    )
+    return packed_split(root, names, [UNLABELLED] * len(names))
 
 
 def _warnings(dataset: Dataset) -> Iterator[str]:

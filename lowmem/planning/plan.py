@@ -109,7 +109,7 @@ class Budget(Frozen):
 class LoaderPlan(Frozen):
     """How images reach the device; the sample stream is the same for every choice."""
 
-    kind: Literal["inline", "threads"] = "threads"
+    kind: Literal["inline", "threads", "processes"] = "threads"
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch_batches: Count = 2
     """Batches ready or in the making, over all workers."""

@@ -1,7 +1,7 @@
 """From what the user typed to a run, and the run to its end."""
 
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,9 @@ import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.data.folder import Dataset, embedded_images, open_dataset
-from lowmem.data.loader import EvalPixels, Loader, TrainPixels
+from lowmem.data.loader import Loader
+from lowmem.data.pixels import EvalPixels, TrainPixels
+from lowmem.data.workers import open_workers
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device, describe, this_machine
 from lowmem.memory.housekeeping import freeze_garbage, prepare_allocator, thaw_garbage
@@ -160,6 +162,8 @@ def assemble(
     data = recipe.data
     train_pixels = TrainPixels(dataset.train, recipe.augment, data.train_px, recipe.seed)
     val_pixels = EvalPixels(dataset.val, data.val_px, data.crop_frac)
+    tell = partial(_tell_of_loading, folder, progress)
+    workers = stack.enter_context(closing(open_workers(plan.loader, [train_pixels, val_pixels], tell)))
     norm = Normalisation(info.mean, info.std)
     return Run(
         folder=folder,
@@ -167,10 +171,16 @@ def assemble(
         plan=plan,
         dataset=dataset,
         engine=engine,
-        train_loader=stack.enter_context(
-            Loader(dataset.train, train_pixels, data.train_px, recipe.batch.size, plan.loader, recipe.seed)
+        train_loader=Loader(
+            dataset.train,
+            train_pixels,
+            data.train_px,
+            recipe.batch.size,
+            plan.loader,
+            recipe.seed,
+            workers=workers,
         ),
-        val_loader=stack.enter_context(Loader(dataset.val, val_pixels, data.val_px, plan.eval_batch, plan.loader)),
+        val_loader=Loader(dataset.val, val_pixels, data.val_px, plan.eval_batch, plan.loader, workers=workers),
         device_input=DeviceInput(norm, engine.device, plan.memory_format, recipe.mixup, recipe.seed),
         classifier_info=info,
         progress=progress,
@@ -191,6 +201,11 @@ def assemble(
 def _tell_of_pressure(folder: RunFolder, progress: Progress, found: Diagnosis) -> None:
     progress.warn(found.text)
     folder.record("memory_pressure", cause=found.cause, text=found.text)
+
+
+def _tell_of_loading(folder: RunFolder, progress: Progress, text: str) -> None:
+    progress.warn(text)
+    folder.record("loading", text=text)
 
 
 def _record_checkpoint(folder: RunFolder, path: Path, seconds: float, host_bytes: int) -> None:

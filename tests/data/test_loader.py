@@ -1,14 +1,18 @@
 import hashlib
+import itertools
 import threading
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 
+from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.data.folder import embedded_images, open_dataset
-from lowmem.data.loader import EvalPixels, Loader, TrainPixels, train_order
+from lowmem.data.loader import Loader, train_order
 from lowmem.data.mixup import draw_mixup
+from lowmem.data.pixels import EvalPixels, TrainPixels
 from lowmem.errors import LowmemError
 from lowmem.planning.plan import LoaderPlan
 from lowmem.recipe import MixupRecipe, load_recipe
@@ -21,15 +25,21 @@ def split():
     return open_dataset(embedded_images(), 0.2, 0).train
 
 
-def stream(split, plan, pixels=None, epochs=(1, 2), start=0):
-    """Hash of every pixel, label and index of some epochs."""
+def stream(split, plan, pixels=None, epochs=(1, 2), resume_at=None):
+    """Hash of every pixel, label and index of some epochs; `resume_at` stops there in each epoch and goes on with new workers."""
     digest = hashlib.sha256()
-    with Loader(split, pixels or TrainPixels(split, AUGMENT, 32, 0), 32, 48, plan, shuffle_seed=0) as loader:
-        for epoch in epochs:
-            for batch in loader.batches(epoch, start):
-                for tensor in (batch.images_BHWC, batch.labels_B, batch.indices_B):
-                    digest.update(tensor.numpy().tobytes())
+    pixels = pixels or TrainPixels(split, AUGMENT, 32, 0)
+    parts = [(0, None)] if resume_at is None else [(0, resume_at), (resume_at, None)]
+    for epoch, (start, stop) in itertools.product(epochs, parts):
+        with Loader(split, pixels, 32, 48, plan, shuffle_seed=0) as loader:
+            for batch in itertools.islice(loader.batches(epoch, start), None if stop is None else stop - start):
+                update(digest, batch)
     return digest.hexdigest()
+
+
+def update(digest, batch):
+    for tensor in (batch.images_BHWC, batch.labels_B, batch.indices_B):
+        digest.update(tensor.numpy().tobytes())
 
 
 INLINE = LoaderPlan(kind="inline", workers=0)
@@ -37,12 +47,49 @@ PLANS = [
     LoaderPlan(kind="threads", workers=1, prefetch_batches=1),
     LoaderPlan(kind="threads", workers=2),
     LoaderPlan(kind="threads", workers=4, prefetch_batches=5),
+    LoaderPlan(kind="processes", workers=2, prefetch_batches=3),
+]
+EVERY_PLAN = [INLINE] + [
+    LoaderPlan(kind=kind, workers=workers, prefetch_batches=prefetch)
+    for kind in ("threads", "processes")
+    for workers in (1, 2, 4)
+    for prefetch in (1, 2, 5)
 ]
 
 
 def test_the_stream_is_the_same_for_all_workers_and_prefetches(split):
     reference = stream(split, INLINE)
     assert all(stream(split, plan) == reference for plan in PLANS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", EVERY_PLAN, ids=lambda plan: f"{plan.workers}-{plan.kind}-{plan.prefetch_batches}")
+def test_the_stream_is_the_same_for_every_plan_and_resumption(split, plan):
+    reference = stream(split, INLINE, epochs=(1,))
+    for resume_at in (None, *range(1, len(split) // 48)):
+        assert stream(split, plan, epochs=(1,), resume_at=resume_at) == reference, resume_at
+
+
+def ranks_stream(split, num_ranks, plan, ranks=None):
+    """Hash of what the ranks get, put together batch by batch."""
+    digest, pixels = hashlib.sha256(), TrainPixels(split, AUGMENT, 32, 0)
+    with ExitStack() as stack:
+        loaders = [
+            stack.enter_context(Loader(split, pixels, 32, 48, plan, shuffle_seed=0, rank=rank, num_ranks=num_ranks))
+            for rank in ranks or range(num_ranks)
+        ]
+        for parts in zip(*(loader.batches(1) for loader in loaders), strict=True):
+            tensors = zip(*((part.images_BHWC, part.labels_B, part.indices_B) for part in parts))
+            update(digest, HostBatch(*map(torch.cat, tensors)))
+    return digest.hexdigest()
+
+
+def test_the_parts_of_all_ranks_are_the_batch_and_one_rank_too_few_is_not(split):
+    reference = stream(split, INLINE, epochs=(1,))
+    assert ranks_stream(split, 1, INLINE) == reference
+    assert ranks_stream(split, 3, PLANS[1]) == ranks_stream(split, 5, PLANS[1]) == reference
+    assert ranks_stream(split, 3, PLANS[1], ranks=(0, 1)) != reference
+    assert ranks_stream(split, 3, PLANS[1], ranks=(0, 2, 1)) != reference
 
 
 def test_draws_from_shared_state_would_not_be_the_same(split):
@@ -58,6 +105,13 @@ def test_draws_from_shared_state_would_not_be_the_same(split):
         return drawn
 
     assert stream(split, INLINE, arrival) != stream(split, PLANS[2], arrival)
+
+
+def test_a_lost_position_would_be_noticed(split):
+    """The negative control of resumption: an epoch that starts at its beginning instead."""
+    with Loader(split, TrainPixels(split, AUGMENT, 32, 0), 32, 48, INLINE, shuffle_seed=0) as loader:
+        at_two, at_nought = (next(loader.batches(1, start)) for start in (2, 0))
+    assert not torch.equal(at_two.images_BHWC, at_nought.images_BHWC)
 
 
 @pytest.mark.parametrize("plan", [INLINE, PLANS[1]])
