@@ -87,8 +87,8 @@ def resume(
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with lowmem."""
-    from lowmem.recipe import load_recipe, recipe_names
+    from lowmem.recipe import recipe_names, recipe_summary
 
-    for name in recipe_names():
-        found = load_recipe(name)
-        print(f"{name:<32} {found.model.name}, {found.data.train_px} px, batch {found.batch.size}")
+    names = recipe_names()
+    for name in names:
+        print(f"{name:<{max(map(len, names))}}  {recipe_summary(name)}")

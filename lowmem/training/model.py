@@ -39,6 +39,7 @@ def build_model(recipe: ModelRecipe, num_classes: int, pretrained: bool = False)
         near = timm.list_models(f"*{recipe.name.split('.')[0][:8]}*")[:5]
         hint = f" Similar: {', '.join(near)}." if near else ""
         raise LowmemError(f"model.name {recipe.name!r} is not a model of timm {timm.__version__}.{hint}")
+    _check_tag(recipe.name)
     try:
         return timm.create_model(recipe.name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
@@ -105,6 +106,18 @@ def freeze_batchnorm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def _check_tag(name: str) -> None:
+    """Raises LowmemError where timm knows the network but not the weights after its dot."""
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        network, _, tag = name.partition(".")
+        known = ", ".join(timm.list_pretrained(f"{network}.*")) or f"{network}, which has no weights"
+        raise LowmemError(
+            f"model.name {name!r}: timm {timm.__version__} has no weights {tag!r} of {network}. Known: {known}."
+        ) from None
 
 
 def _initialised(recipe: ModelRecipe, num_classes: int) -> tuple[nn.Module, LoadedWeights]:

@@ -32,6 +32,11 @@ def test_a_file_fills_everything_but_a_head_of_another_size(weights, suffix):
     assert loaded.fresh == () and torch.equal(same.state_dict()["fc.weight"], given["fc.weight"])
 
 
+def test_an_unknown_tag_names_the_known_ones():
+    with pytest.raises(LowmemError, match="no weights 'tf_in1k' of resnet50.*resnet50.tv_in1k"):
+        build_model(recipe(name="resnet50.tf_in1k"), 3)
+
+
 def test_the_head_starts_from_the_seed_or_from_zero(weights):
     spec = f"file:{weights}"
     heads = [initialised_model(recipe(weights=spec), 3, seed)[0].fc.weight for seed in (0, 0, 1)]
