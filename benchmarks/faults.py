@@ -34,14 +34,15 @@ def main() -> None:
     report = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.only and chosen.out.is_file() else {}
     from lowmem.machine import this_machine
 
-    report |= {"command": "OMP_NUM_THREADS=1 python benchmarks/faults.py", "machine": this_machine().model_dump()}
+    machine = {"machine": this_machine().model_dump()}
+    report |= {"command": "OMP_NUM_THREADS=1 python benchmarks/faults.py"} | ({} if chosen.only else machine)
     for name, inject in faults(chosen).items():
         if chosen.only and name not in chosen.only:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             started = time.perf_counter()
             result = inject(Path(scratch))
-        report[name] = result | {"seconds": round(time.perf_counter() - started, 1)}
+        report[name] = result | {"seconds": round(time.perf_counter() - started, 1)} | (machine if chosen.only else {})
         print(f"{name}: {result['survived']} of {result['injected']} survived", flush=True)
         chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -60,6 +61,7 @@ def faults(chosen: argparse.Namespace) -> dict[str, Callable[[Path], Result]]:
         "F5 damage": lambda scratch: damages(scratch, chosen.damages),
         "F6 stop and resume": stops,
         "F9 not a number": numbers,
+        "F11 hostile images": hostile,
         "F9 not a number, control": of_control(control.not_a_number),
         "F6 stop and resume, control": of_control(control.stops),
         "F5 damage, control": of_control(lambda work, photos: control.damages(work, photos, 200, seed=1)),
@@ -103,6 +105,19 @@ def damages(scratch: Path, num: int) -> Result:
 
     kept = Checkpoints(scratch / "source")
     return damage_checkpoints(scratch / "work", kept.write(checkpoint(1)), kept.write(checkpoint(2)), num, 1).as_dict()
+
+
+def hostile(scratch: Path) -> Result:
+    """Ten collections of damaged, mislabelled and malicious files."""
+    from tests.faults.hostile_images import try_files
+
+    scores = []
+    for seed in range(10):
+        (scratch / str(seed)).mkdir()
+        scores.append(try_files(scratch / str(seed), seed).as_dict())
+    total = {name: sum(score[name] for score in scores) for name in ("injected", "survived", "named")}
+    failures = [failure for score in scores for failure in score["failures"]]
+    return total | {"failures": failures, "slowest_s": max(score["slowest_s"] for score in scores)}
 
 
 def stops(scratch: Path) -> Result:
