@@ -53,7 +53,7 @@ def test_a_run_folder_holds_what_is_promised(run):
     } <= names and "run.lock" not in names  # fmt: skip
     assert {
         f"{name}{suffix}"
-        for name in ("curves", "learning_rate", "confusion", "resources")
+        for name in ("loss", "validation", "learning_rate", "confusion", "seconds", "memory")
         for suffix in (".png", ".svg")
     } == {path.name for path in (run / "figures").iterdir()}
     assert len(list(csv.DictReader(open(run / "epochs.csv")))) == 2
