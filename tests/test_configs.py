@@ -11,7 +11,8 @@ from PIL import Image
 
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.data.folder import Dataset, open_dataset
-from lowmem.data.loader import Loader, TrainPixels
+from lowmem.data.loader import Loader
+from lowmem.data.pixels import TrainPixels
 from lowmem.planning.devices import device_by_name
 from lowmem.planning.plan import LoaderPlan, Plan
 from lowmem.planning.planner import make_plan

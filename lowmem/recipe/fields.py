@@ -3,7 +3,7 @@
 Every field is checked when a recipe is loaded (loading.py), and any can be overridden with `--set section.key=value`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,6 +35,8 @@ class ModelRecipe(Section):
     """Dropout before the classifier head."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth."""
+    options: dict[str, Any] = {}
+    """Further arguments of timm's model, as `{ cardinality = 32, base_width = 4 }` or `{ img_size = 256 }`."""
     freeze_batchnorm: bool = False
     """Normalise with the running statistics of the initial weights and leave them unchanged."""
 
@@ -86,8 +88,11 @@ class MixupRecipe(Section):
 
 class LossRecipe(Section):
     class_weights: Literal["none", "reciprocal", "balanced"] = "none"
-    """`reciprocal`: 1 / count of the class; `balanced`: images / (classes x count). Both are normalised over the batch."""
+    """`reciprocal`: 1 / count of the class; `balanced`: images / (classes x count). See `divide_by`."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    divide_by: Literal["weights", "images"] = "weights"
+    """What the weighted sum over a batch is divided by. `weights` is PyTorch's mean over hard labels, which makes `reciprocal` and
+    `balanced` the same loss; `images` is its mean over soft ones (mixup), where they differ by a factor."""
 
 
 class OptimizerRecipe(Section):

@@ -9,6 +9,7 @@ mean and standard deviation.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import timm
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +35,8 @@ class ClassifierInfo(BaseModel):
     crop_frac: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    options: dict[str, Any] = {}
+    """Arguments of the timm model beside its name."""
 
 
 def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) -> ClassifierInfo:
@@ -46,6 +49,7 @@ def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) 
         crop_frac=recipe.data.crop_frac,
         mean=tuple(model.pretrained_cfg["mean"]),
         std=tuple(model.pretrained_cfg["std"]),
+        options=recipe.model.options,
     )
 
 
@@ -66,7 +70,7 @@ def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> Non
     }
     contiguous = model.register_state_dict_post_hook(_make_contiguous)
     try:
-        save_for_hf(model, partial, model_config=config, safe_serialization=True)
+        save_for_hf(model, partial, model_config=config, model_args=info.options or None, safe_serialization=True)
     finally:
         contiguous.remove()
     _set_config(partial / CONFIG, config)

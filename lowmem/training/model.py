@@ -34,7 +34,7 @@ class LoadedWeights:
 def build_model(recipe: ModelRecipe, num_classes: int, pretrained: bool = False) -> nn.Module:
     """The timm model with a head of `num_classes`, in float32; raises LowmemError for a name that timm does not know."""
     options = {"drop_rate": recipe.dropout, "drop_path_rate": recipe.drop_path}
-    options = {name: value for name, value in options.items() if value}
+    options = {name: value for name, value in options.items() if value} | recipe.options
     if not timm.is_model(recipe.name):
         near = timm.list_models(f"*{recipe.name.split('.')[0][:8]}*")[:5]
         hint = f" Similar: {', '.join(near)}." if near else ""
@@ -44,6 +44,10 @@ def build_model(recipe: ModelRecipe, num_classes: int, pretrained: bool = False)
         return timm.create_model(recipe.name, pretrained=pretrained, num_classes=num_classes, **options)
     except TypeError as error:
         raise LowmemError(f"{recipe.name} does not take {' or '.join(options)}: {error}.") from None
+    except Exception as error:  # whatever an option of the wrong kind provokes in timm's models
+        if not recipe.options or pretrained:
+            raise
+        raise LowmemError(f"{recipe.name} cannot be built with model.options {recipe.options}: {error!r}.") from error
 
 
 def initialised_model(recipe: ModelRecipe, num_classes: int, seed: int) -> tuple[nn.Module, LoadedWeights]:

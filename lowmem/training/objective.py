@@ -1,6 +1,6 @@
 """The loss, normalised once over the whole batch whatever the micro-batches.
 
-    loss = sum_i w[y_i] CE(logits_i, y_i) / sum_i w[y_i]
+    loss = sum_i w[y_i] CE(logits_i, y_i) / sum_i w[y_i]        (or / B, where the recipe divides by images)
 
 Under mixup each image has two hard labels a, b with weights lam, 1 - lam, so both sums run over 2 B weighted terms.
 PyTorch's own `weight` argument divides by the weights of the call it is in, which makes the mean of micro-batches another
@@ -25,10 +25,13 @@ class Objective:
 
     def __init__(self, recipe: LossRecipe, class_counts_K: Tensor, device: torch.device | str) -> None:
         self.label_smoothing = recipe.label_smoothing
+        self.by_images = recipe.divide_by == "images"
         self.weights_K = class_weights(recipe.class_weights, class_counts_K).to(device)
 
     def total_weight(self, targets: Targets) -> Tensor:
         """What the loss of a whole batch is divided by, float32 scalar on the device."""
+        if self.by_images:
+            return torch.full((), float(len(targets.labels_B)), device=self.weights_K.device)
         total = self.weights_K[targets.labels_B].sum()
         if targets.partner_labels_B is None:
             return total

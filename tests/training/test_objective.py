@@ -55,3 +55,15 @@ def test_mixup_of_equal_labels_is_no_mixup():
     plain, mixed = Targets(labels_B), Targets(labels_B, labels_B, 0.3)
     one = objective.loss_sum(logits_BK, plain) / objective.total_weight(plain)
     assert torch.allclose(one, objective.loss_sum(logits_BK, mixed) / objective.total_weight(mixed), rtol=1e-6)
+
+
+def test_divided_by_images_it_is_pytorchs_mean_over_soft_targets():
+    logits_BK, labels_B, partners_B = batch()
+    objective = Objective(LossRecipe(class_weights="reciprocal", divide_by="images"), COUNTS_K, "cpu")
+    targets = Targets(labels_B, partners_B, 0.3)
+    soft_BK = 0.3 * F.one_hot(labels_B, 3) + 0.7 * F.one_hot(partners_B, 3)
+    expected = F.cross_entropy(logits_BK, soft_BK, weight=objective.weights_K)
+    loss = objective.loss_sum(logits_BK, targets) / objective.total_weight(targets)
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    by_weights = Objective(LossRecipe(class_weights="reciprocal"), COUNTS_K, "cpu")
+    assert not torch.allclose(by_weights.loss_sum(logits_BK, targets) / by_weights.total_weight(targets), expected)
