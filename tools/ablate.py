@@ -12,6 +12,7 @@ best epoch was chosen too: all arms profit from that alike.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tomllib
@@ -88,6 +89,7 @@ def main() -> int:
     options.add_argument("--results", type=Path, help="folder for the table and the figure; default: the runs' folder")
     chosen = options.parse_args()
     console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         ask(chosen, console)
     except LowmemError as error:
@@ -175,11 +177,33 @@ def run(trial: Trial, base: str, chosen: argparse.Namespace) -> None:
         data = [] if chosen.data is None else ["--data", str(chosen.data)]
         arguments = ["train", "--recipe", base, "--vram", chosen.vram, "--device", chosen.device, *data, *sets]
         arguments += ["--out", str(trial.folder)]
-    code = subprocess.run([sys.executable, "-m", "lowmem", *arguments]).returncode
+    code = exit_code([sys.executable, "-m", "lowmem", *arguments])
     if code == 130:
         raise KeyboardInterrupt
     if code:
         raise LowmemError(f"{trial.arm}, seed {trial.seed} failed with exit code {code}: lowmem {' '.join(arguments)}")
+
+
+def exit_code(command: list[str]) -> int:
+    """Of the command, which is waited for where the user stops both: it saves its step first."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal sent it to both
+        process.wait()
+        raise
+    except TerminatedError:
+        process.terminate()
+        process.wait()
+        raise KeyboardInterrupt from None
+
+
+class TerminatedError(Exception):
+    """SIGTERM, which comes to this process alone."""
+
+
+def _terminated(*_: object) -> None:
+    raise TerminatedError
 
 
 def refuse_another_recipe(trial: Trial, base: str) -> None:

@@ -107,7 +107,7 @@ def test_options_reach_timms_model_and_its_classifier(tmp_path):
     assert torch.equal(opened(images_BCHW), model(images_BCHW))
 
 
-@pytest.mark.parametrize("options", [{"cardinallity": 4}, {"layers": 3}, {"stem_width": "x"}])
+@pytest.mark.parametrize("options", [{"cardinallity": 4}, {"layers": 3}, {"cardinality": "x"}])
 def test_options_that_the_model_does_not_take_are_refused(options):
     with pytest.raises(LowmemError, match=next(iter(options))):
         build_model(recipe(name="resnet26", options=options), 3)
