@@ -62,11 +62,15 @@ class DeviceInput:
         """What stays on the device."""
         return self.shift_C, self.scale_C
 
+    def _on_device(self, host: Tensor) -> Tensor:
+        """A copy from pinned memory: one from ordinary memory makes the host wait for the device."""
+        return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
+
     def _draw(self, epoch: int, step: int, batch_size: int) -> MixupDraw | None:
         return None if self.mixup is None else draw_mixup(self.mixup, self.seed, epoch, step, batch_size)
 
     def _mixed(self, images_BCHW: Tensor, labels_B: Tensor, draw: MixupDraw) -> DeviceBatch:
-        partner_B = torch.from_numpy(draw.partner_B).to(self.device, non_blocking=True)
+        partner_B = self._on_device(torch.from_numpy(draw.partner_B))
         partners_BCHW = images_BCHW[partner_B]
         mixed_BCHW = images_BCHW.mul_(draw.lam).add_(partners_BCHW, alpha=1 - draw.lam)
         return DeviceBatch(mixed_BCHW, Targets(labels_B, labels_B[partner_B], draw.lam))

@@ -21,14 +21,20 @@ class AdamW:
         self.recipe, self.rates, self.lr = recipe, rates, recipe.lr
 
     def update(
-        self, names: list[str], parameters: list[Any], grads: list[Any], states: list[dict[str, Tensor]]
+        self,
+        names: list[str],
+        parameters: list[Any],
+        grads: list[Any],
+        states: list[dict[str, Tensor]],
+        found_inf: Tensor | None = None,
     ) -> None:
-        """Update weights, or parts of them, whose rates go by `names`."""
+        """Update weights, or parts of them, whose rates go by `names`; where `found_inf` (on the device) is 1 nothing changes."""
         together: dict[Rates, list[int]] = {}
         for index, name in enumerate(names):
             together.setdefault(self.rates[name], []).append(index)
         for rates, chosen in together.items():
-            self._apply(rates, *([items[index] for index in chosen] for items in (parameters, grads, states)))
+            parts = ([items[index] for index in chosen] for items in (parameters, grads, states))
+            self._apply(rates, found_inf, *parts)
 
     def groups(self, named: Named) -> list[dict[str, Any]]:
         """Groups for a torch optimizer; `lr_scale` multiplies the rate of a step."""
@@ -40,7 +46,14 @@ class AdamW:
             for rates, parameters in together.items()
         ]
 
-    def _apply(self, rates: Rates, parameters: list[Any], grads: list[Any], states: list[dict[str, Tensor]]) -> None:
+    def _apply(
+        self,
+        rates: Rates,
+        found_inf: Tensor | None,
+        parameters: list[Any],
+        grads: list[Any],
+        states: list[dict[str, Tensor]],
+    ) -> None:
         with torch.no_grad():
             adamw(
                 parameters,
@@ -50,6 +63,7 @@ class AdamW:
                 [],
                 [s["step"] for s in states],
                 fused=True,
+                found_inf=found_inf,
                 amsgrad=False,
                 beta1=self.recipe.betas[0],
                 beta2=self.recipe.betas[1],

@@ -47,7 +47,10 @@ class HostOptimizer:
         self.slots = [torch.empty(num, device=device) for num in staging_sizes(named)]
         self.turn = 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:  # the buffers may lie where kernels of the main stream still work
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         self.armed = False
+        self.found_inf: Tensor | None = None
         self.pending: tuple[list[Chunk], Tensor] | None = None
         self.hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._grad_is_complete, name=name))
@@ -66,9 +69,10 @@ class HostOptimizer:
             )
         if scaler is not None:
             scaler.unscale_(self.scratch)
+            self.found_inf = _found_inf(scaler, self.scratch)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self.named.values(), clip_norm)
-        if not self.hooks and (scaler is None or not _found_inf(scaler, self.scratch)):
+        if not self.hooks:
             for group in _groups(
                 [c for chunks in self.chunks.values() for c in chunks if self.named[c.name].grad is not None]
             ):
@@ -108,10 +112,14 @@ class HostOptimizer:
 
     def reset(self) -> None:
         self.armed, self.pending = False, None
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def close(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        if self.stream is not None:  # a copy into a staging buffer must not outlive it
+            self.stream.synchronize()
 
     def _grad_is_complete(self, parameter: Tensor, name: str) -> None:
         if self.armed:
@@ -158,7 +166,7 @@ class HostOptimizer:
             for chunk in group
         ]
         names = [chunk.name for chunk in group]
-        self.arithmetic.update(names, parameters, grads, [staged[id(chunk)] for chunk in group])
+        self.arithmetic.update(names, parameters, grads, [staged[id(chunk)] for chunk in group], self.found_inf)
 
     def _step_before(self, chunk: Chunk) -> Tensor:
         """The weight's step counter as AdamW is to find it; later chunks of a weight get a copy that is thrown away."""
@@ -235,6 +243,6 @@ def _like(grad: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.empty_strided(parameter.shape, parameter.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def _found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    found = scaler._found_inf_per_device(optimizer)
-    return any(bool(value.item()) for value in found.values())
+def _found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
+    """1.0 on the device where a gradient is not finite, 0.0 otherwise; the kernel reads it, so that the host need not wait for it."""
+    return next(iter(scaler._found_inf_per_device(optimizer).values()))

@@ -1,10 +1,10 @@
 """Tensors saved for the backward pass, waiting in host memory.
 
 A tensor is copied to a pinned buffer while the forward pass goes on, and fetched back ahead of its use in the backward
-pass, block by block: every block of a plan that offloads tells the store when it begins, whether or not it offloads itself. Host buffers are allocated once and reused (pytorch #186161: allocating them costs about 3 ms each).
-On CUDA both copies run on a side stream; device memory is released one block later, after the main stream was told to wait
-for the copy, so no buffer can be reused while it is still being read. On a CPU the copies are plain, and the host's share is not
-counted by the meter.
+pass, block by block: every block of a plan that offloads tells the store when it begins, whether or not it offloads itself. Host
+buffers are allocated once and reused (pytorch #186161: allocating them costs about 3 ms each). On CUDA both copies run on a side
+stream; device memory is released one block later, after the main stream was told to wait for the copy, so no buffer can be reused
+while it is still being read. On a CPU the copies are plain, and the host's share is not counted by the meter.
 """
 
 from collections import defaultdict
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowmem.errors import LowmemError
 from lowmem.memory.meter import host_memory
+from lowmem.memory.pinned import HostArena
 
 MIN_OFFLOAD_BYTES = 64 * 1024
 """Smaller tensors are not worth a copy."""
@@ -52,6 +53,7 @@ class HostStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.arena = HostArena(pinned=device.type == "cuda")
         self.free: dict[int, list[Tensor]] = defaultdict(list)
         self.groups: list[Group] = []
         self.known: dict[tuple[int, int, torch.Size, tuple[int, ...]], Ticket] = {}
@@ -145,7 +147,7 @@ class HostStore:
         if waiting:
             return waiting.pop()
         self.host_bytes += num_bytes
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+        return self.arena.take(num_bytes)
 
     def _copy_back(self, ticket: Ticket) -> None:
         host = ticket.host

@@ -57,6 +57,7 @@ class Engine:
         """One optimiser step on a batch of the recipe's size; returns its loss on the device, float32 scalar."""
         self.optimizer.set_lr(lr)
         self.backup.take()
+        self.step.has_begun_update = False
         problem = ""
         try:
             with self.enforcement.watch("training, mixed" if device_input.is_mixed(epoch, step) else "training"):
@@ -70,7 +71,7 @@ class Engine:
             problem = str(error).splitlines()[0]
         # Past the handler, so that no traceback holds the tensors of the failed step.
         self._take_back()
-        raise OutOfBudgetError(problem, rolled_back=not self.plan.optimizer.endswith("backward"))
+        raise OutOfBudgetError(problem, rolled_back=not self.step.has_begun_update)
 
     def training_mode(self) -> None:
         self.model.train()

@@ -67,7 +67,7 @@ def evaluate(
             with autocast(plan):
                 logits_BK = model(device_input.images(batch.images_BHWC)).float()
             loss_sum += F.cross_entropy(logits_BK, labels_B, reduction="none").double().sum()
-            confusion_KK += _confusion(labels_B, logits_BK.argmax(1), num_classes)
+            _count(confusion_KK, labels_B, logits_BK.argmax(1))
             num_top5 += _in_top(logits_BK, labels_B).sum()
     return _evaluation(confusion_KK.cpu(), float(loss_sum), int(num_top5), classes, px)
 
@@ -80,10 +80,10 @@ def read_evaluation(path: Path) -> Evaluation:
     return Evaluation.model_validate_json(path.read_text(encoding="utf-8"))
 
 
-def _confusion(labels_B: Tensor, guesses_B: Tensor, num_classes: int) -> Tensor:
-    """int64 [K, K], counted on the device: rows are labels, columns predictions."""
-    pairs_B = labels_B * num_classes + guesses_B
-    return torch.bincount(pairs_B, minlength=num_classes**2).view(num_classes, num_classes)
+def _count(confusion_KK: Tensor, labels_B: Tensor, guesses_B: Tensor) -> None:
+    """Add images to the matrix (rows are labels, columns predictions) on the device; torch.bincount would wait for it."""
+    pairs_B = labels_B * confusion_KK.shape[1] + guesses_B
+    confusion_KK.view(-1).index_add_(0, pairs_B, torch.ones_like(pairs_B))
 
 
 def _in_top(logits_BK: Tensor, labels_B: Tensor) -> Tensor:

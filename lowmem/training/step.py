@@ -73,6 +73,8 @@ class TrainStep:
         self.statistics = AtomStatistics(model, recipe.batch.num_atoms)
         self.parts = micro_batches(recipe.batch.size, recipe.batch.atom, plan.micro_batch)
         self.masks_by_row = draws_random_numbers(model) and not has_live_batchnorm(model)
+        self.has_begun_update = False
+        """Whether the running step may already have changed weights, so that it cannot be taken back."""
 
     def __call__(self, batch: DeviceBatch, epoch: int, step: int) -> Tensor:
         """Train on one whole batch; returns its loss, a float32 scalar on the device (no synchronisation)."""
@@ -83,7 +85,10 @@ class TrainStep:
                 self.optimizer.arm()
             loss += self._forward_backward(batch, part, total_weight, epoch, step)
         self.statistics.end_step()
+        # On the device all weights change in one kernel at the end, which needs no memory of its own.
+        self.has_begun_update = self.plan.optimizer != "device"
         self.optimizer.update(self.scaler, self.recipe.optimizer.clip_norm)
+        self.has_begun_update = True
         return loss
 
     def _forward_backward(
@@ -97,6 +102,7 @@ class TrainStep:
             self.policies.end_forward()
             loss = self.objective.loss_sum(logits_BK, batch.targets.rows(part.start, part.stop)) / total_weight
             del logits_BK
+            self.has_begun_update = part is self.parts[-1] and self.plan.optimizer.endswith("backward")
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self.policies.end_backward()
         return loss.detach()

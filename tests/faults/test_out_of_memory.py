@@ -23,20 +23,21 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return run.end()
 
 
-def out_of_memory_in(engine: Engine, block: str) -> None:
-    """The next run of a block asks for far too much, once."""
+def out_of_memory_in(engine: Engine, block: str, backward: bool) -> None:
+    """The next forward or backward pass of a block asks for far too much, once."""
 
-    def ask(module: Any, args: Any) -> None:
+    def ask(module: Any, *_: Any) -> None:
         handle.remove()
         raise torch.OutOfMemoryError(f"out of memory: tried to allocate {HUGE} bytes")
 
-    handle = engine.model.get_submodule(block).register_forward_pre_hook(ask)
+    module = engine.model.get_submodule(block)
+    handle = module.register_full_backward_hook(ask) if backward else module.register_forward_pre_hook(ask)
 
 
 @pytest.mark.parametrize("at", [(1, 0), (2, 2)])
-@pytest.mark.parametrize("optimizer", ["device", "backward"])
+@pytest.mark.parametrize(("optimizer", "backward"), [("device", False), ("backward", False), ("backward", True)])
 def test_the_run_goes_on_under_a_leaner_plan(
-    photos: Path, whole: dict[str, Any], tmp_path: Path, at: tuple[int, int], optimizer: str
+    photos: Path, whole: dict[str, Any], tmp_path: Path, at: tuple[int, int], optimizer: str, backward: bool
 ) -> None:
     """An update in the backward pass cannot be taken back: the newest checkpoint is, and the steps since are trained again."""
     budget = {"total_bytes": 2**30}
@@ -47,7 +48,7 @@ def test_the_run_goes_on_under_a_leaner_plan(
         steps.append((epoch, step))
         if (epoch, step) == at and not struck:
             struck.append(True)
-            out_of_memory_in(engine, "layer3.0")
+            out_of_memory_in(engine, "layer3.0", backward)
 
     from lowmem.training.start import TrainRequest, train_new_run
     from tests.faults.harness import TINY
@@ -60,7 +61,7 @@ def test_the_run_goes_on_under_a_leaner_plan(
     assert len(leaner) == 1 and (leaner[0]["epoch"], leaner[0]["step"]) == at
     assert differing(whole, run.end()) == []
     repeated = len(steps) - 3 * STEPS_PER_EPOCH
-    assert repeated == (1 if optimizer == "device" else 1 + at[1]), (
+    assert repeated == (1 + at[1] if backward else 1), (
         "the failed step, and what came after the checkpoint"
     )
 

@@ -1,6 +1,7 @@
 """Memory runs out in the forward pass, in recomputation, in the backward pass, in the optimizer: the step is taken back, exactly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,31 @@ def test_an_updating_backward_pass_says_that_it_cannot_be_taken_back() -> None:
     assert not caught.value.rolled_back
     assert differing(before, state_of(engine))
     assert not engine.optimizer.armed
+
+
+def test_an_update_that_fails_half_way_says_that_it_cannot_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem.memory.host_optimizer.STAGING_BYTES", 64 * 1024)
+    monkeypatch.setattr("lowmem.memory.host_optimizer.CHUNK_ELEMENTS", 8 * 1024)
+    engine = make_engine(make_recipe("test_resnet"), make_plan(optimizer="host", budget=BUDGET))
+    before, apply, calls = state_of(engine), engine.optimizer._apply, []
+
+    def fails_the_second_time(group: Any, slot: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            torch.empty(HUGE)
+        apply(group, slot)
+
+    monkeypatch.setattr(engine.optimizer, "_apply", fails_the_second_time)
+    with pytest.raises(OutOfBudgetError) as caught:
+        run_steps(engine, [0])
+    assert not caught.value.rolled_back and differing(before, state_of(engine))
+    engine.close()
+
+
+def test_a_forward_pass_that_fails_can_be_taken_back_under_any_placement() -> None:
+    engine = make_engine(make_recipe("test_resnet"), make_plan(optimizer="backward", budget=BUDGET))
+    _fails_and_is_taken_back(engine, _in_forward)
+    engine.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
