@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem.benchmarking.page import write_bench_report
+from lowmem.benchmarking.result import is_bench_file
 from lowmem.disk import writing
 from lowmem.errors import LowmemError
 from lowmem.results.report import write_report
@@ -18,7 +20,10 @@ class Report:
     write: Callable[[Path], Path]
 
 
-REPORTS = (Report("a run folder", lambda path: (path / "recipe.toml").is_file(), write_report),)
+REPORTS = (
+    Report("a run folder", lambda path: (path / "recipe.toml").is_file(), write_report),
+    Report("a file of lowmem bench", is_bench_file, write_bench_report),
+)
 """In the order in which they are asked."""
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from lowmem.nvml import card_bytes, open_card
 from lowmem.sizes import MIB, format_size
 
 EVERY_S = 5.0
@@ -137,7 +138,7 @@ class SystemReader:
     """Callable: a Reading of this computer and, on CUDA, of one card."""
 
     def __init__(self, device: torch.device) -> None:
-        self.card = _open_card(device)
+        self.card = open_card(device)
         self.swapped = _swapped_bytes()
         self.when = time.monotonic()
 
@@ -145,7 +146,7 @@ class SystemReader:
         memory, swapped, now = psutil.virtual_memory(), _swapped_bytes(), time.monotonic()
         rate = max(0, swapped - self.swapped) / max(now - self.when, 1e-3)
         self.swapped, self.when = swapped, now
-        total, free, own = _card_bytes(self.card)
+        total, free, own = card_bytes(self.card)
         return Reading(memory.total, memory.available, rate, stalled_frac(), total, free, own)
 
 
@@ -190,33 +191,3 @@ def _swapped_bytes() -> int:
         return 0
     swap = psutil.swap_memory()
     return int(swap.sin + swap.sout)
-
-
-def _open_card(device: torch.device) -> object | None:
-    if device.type != "cuda":
-        return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except (pynvml.NVMLError, AttributeError):
-        return None
-
-
-def _card_bytes(card: object | None) -> tuple[int | None, int | None, int | None]:
-    """(total, free, own) of a card as its driver sees it; `own` is None where it does not tell (Windows' display driver model)."""
-    if card is None:
-        return None, None, None
-    import os
-
-    import pynvml
-
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(card)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
-    except pynvml.NVMLError:
-        return None, None, None
-    own = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return int(memory.total), int(memory.free), int(own[0]) if own and own[0] is not None else None
