@@ -44,3 +44,34 @@ def card_joules(card: object | None) -> float | None:
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000
     except pynvml.NVMLError:
         return None
+
+
+def driver_cards() -> list[dict[str, object]]:
+    """Every card that the driver has: name, driver, total_bytes, free_bytes, display_model. Empty without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+    return [_driver_card(handle, driver) for handle in handles]
+
+
+def _driver_card(handle: object, driver: str) -> dict[str, object]:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    facts: dict[str, object] = {"name": _text(pynvml.nvmlDeviceGetName(handle)), "driver": driver}
+    facts |= {"total_bytes": int(memory.total), "free_bytes": int(memory.free), "display_model": None}
+    try:  # only Windows has display driver models
+        current, _ = pynvml.nvmlDeviceGetDriverModel(handle)
+        facts["display_model"] = "WDDM" if current == pynvml.NVML_DRIVER_WDDM else "TCC"
+    except pynvml.NVMLError:
+        pass
+    return facts
+
+
+def _text(found: str | bytes) -> str:
+    return found if isinstance(found, str) else found.decode()
