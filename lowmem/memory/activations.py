@@ -99,7 +99,7 @@ def _run_none(
     group = store.begin_block()
     if not policy.offloads:
         return _announced(forward(*args, **kwargs), store, group)
-    saved = _SavedTensors(block, policy, store)
+    saved = SavedTensors(block, policy, store)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         return forward(*args, **kwargs)
 
@@ -201,6 +201,11 @@ class _Keep(TorchDispatchMode):
         self.keep, self.host, self.kept, self.store = keep, host, kept, store
         self.ordinal = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would wrap the dispatch function against being compiled, at 10 microseconds an operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in KEEPABLE_OPS:
@@ -228,6 +233,11 @@ class _Replay(TorchDispatchMode):
         self.kept, self.store = kept, store
         self.ordinal = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would wrap the dispatch function against being compiled, at 10 microseconds an operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in KEEPABLE_OPS:
             return func(*args, **(kwargs or {}))
@@ -253,31 +263,34 @@ class _Kept:
     version: int
 
 
-class _SavedTensors:
-    """Hooks that send what one block saves for its backward pass to the host."""
+class SavedTensors:
+    """Hooks that send what one block saves for its backward pass to the host: all of it, or the storages of some ordinals."""
 
-    def __init__(self, block: nn.Module, policy: BlockPolicy, store: HostStore) -> None:
+    def __init__(self, block: nn.Module, policy: BlockPolicy, store: HostStore | None) -> None:
         self.store = store
         self.wanted = None if policy.host == "all" else set(policy.host)
         self.own = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *block.buffers())}
         self.ordinals: dict[int, int] = {}
+        """By the address of the storage, in the order in which they are first saved."""
+        self.sizes: dict[int, int] = {}
+        self.in_parts: set[int] = set()
+        """Storages of which a view is saved, too: they stay on the device."""
 
     def pack(self, tensor: Tensor) -> Tensor | Ticket:
         address = tensor.untyped_storage()._cdata
-        if (
-            address in self.own
-            or isinstance(tensor, nn.Parameter)
-            or tensor.nbytes < MIN_OFFLOAD_BYTES
-            or not _is_whole(tensor)
-        ):
+        if address in self.own or isinstance(tensor, nn.Parameter) or tensor.nbytes < MIN_OFFLOAD_BYTES:
+            return tensor
+        if not _is_whole(tensor):
+            self.in_parts.add(address)
             return tensor
         ordinal = self.ordinals.setdefault(address, len(self.ordinals))
-        if self.wanted is not None and ordinal not in self.wanted:
+        self.sizes[address] = tensor.nbytes
+        if self.store is None or (self.wanted is not None and ordinal not in self.wanted):
             return tensor
         return self.store.put(tensor.detach())
 
     def unpack(self, packed: Tensor | Ticket) -> Tensor:
-        return self.store.get(packed) if isinstance(packed, Ticket) else packed
+        return self.store.get(packed) if isinstance(packed, Ticket) and self.store is not None else packed
 
 
 def _draws_mask(func: Any, args: Any, kwargs: Any) -> bool:

@@ -1,12 +1,12 @@
 """Floating-point operations and bytes moved by one operation, from its arguments and results."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution.default}
@@ -21,6 +21,9 @@ ATTENTION = {
 }
 
 
+NOTHING_MOVED = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.lift_fresh.default, aten._unsafe_view.default}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class OpCost:
     """`dtype` is that of the arithmetic: bf16, fp16 or fp32; `groups` of a convolution, 1 elsewhere."""
@@ -33,15 +36,23 @@ class OpCost:
 
 
 def op_cost(func: Any, args: Any, kwargs: Any, result: Any) -> OpCost | None:
-    """The cost of one dispatched operation; None for views, which move nothing."""
-    if func.is_view or func.namespace == "prim":
+    """The cost of one dispatched operation; None for views and bare allocations, which move nothing."""
+    if func.is_view or func in NOTHING_MOVED or func.namespace == "prim":
         return None
-    tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+    tensors = [*_tensors(args), *_tensors((kwargs or {}).values()), *_tensors((result,))]
     if not tensors:
         return None
     num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     flops, groups = _flops(func, args, result)
     return OpCost(str(func), flops, num_bytes, _dtype_name(tensors), groups)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def _flops(func: Any, args: Any, result: Any) -> tuple[int, int]:

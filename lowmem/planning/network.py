@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.planning.blocks import find_blocks
+from lowmem.planning.shapes import ShapeMode
 from lowmem.recipe import Recipe
 from lowmem.training.model import build_model, freeze_batchnorm
 
@@ -23,7 +23,7 @@ class FakeNetwork:
         self, recipe: Recipe, num_classes: int, memory_format: str = "channels_last", real_build: bool = False
     ) -> None:
         self.recipe, self.num_classes, self.memory_format = recipe, num_classes, memory_format
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = ShapeMode()
         self.model = self._converted(self._built(real_build))
         self.training_mode()
         self.blocks = find_blocks(self.model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowmem.memory.activations import KEEPABLE_OPS, _Keep, _Kept, apply_policies
+from lowmem.memory.activations import KEEPABLE_OPS, SavedTensors, _Keep, _Kept, apply_policies
 from lowmem.memory.offload import MIN_OFFLOAD_BYTES
 from lowmem.planning.cost import OpCost
 from lowmem.planning.devices import DeviceSpec
@@ -25,6 +25,8 @@ from lowmem.training.step import autocast
 
 MAX_SUBSET_SIZE = 7
 """Blocks with more outputs than this get the subsets of a greedy order only."""
+MAX_HOST_LEVELS = 5
+"""Amounts of a block's saved tensors that may be held in host memory, from some to all."""
 KEEPABLE_NAMES = {str(op) for op in KEEPABLE_OPS}
 
 
@@ -81,9 +83,8 @@ def block_options(
                 _selective(subset, subset[:count], full, forward_s, spec) for count in range(1, len(subset) + 1)
             ]
     if offload:
-        host = _traced(network, path, moments, plan, BlockPolicy(host="all"))
-        if host.host:
-            options.append(_option(BlockPolicy(host="all"), host, hidden_copy_seconds(2 * host.host, spec)))
+        saved = _saved(network, path, moments, plan)
+        options += [_hosted(saved[:count], none, spec) for count in _levels(len(saved))]
     return _pareto(options)
 
 
@@ -124,6 +125,47 @@ def _selective(
         host,
         extra_s,
     )
+
+
+def _hosted(items: list[tuple[int, int]], none: _Figures, spec: DeviceSpec) -> Option:
+    """Nothing recomputed, and some of what is saved held in host memory; it is back before the block's backward pass."""
+    host = sum(num_bytes for _, num_bytes in items)
+    return Option(
+        BlockPolicy(host=tuple(sorted(ordinal for ordinal, _ in items))),
+        none.kept - host,
+        none.forward_held - host,
+        none.forward_peak,
+        none.backward_peak + host,
+        host,
+        hidden_copy_seconds(2 * host, spec),
+    )
+
+
+def _levels(num_saved: int) -> list[int]:
+    """How many of the saved tensors to send away: at most `MAX_HOST_LEVELS` numbers up to all of them."""
+    step = max(1, -(-num_saved // MAX_HOST_LEVELS))
+    return sorted({*range(step, num_saved, step), num_saved} - {0})
+
+
+def _saved(network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan) -> list[tuple[int, int]]:
+    """(ordinal, bytes) of what a block saves and nobody else holds, largest first: not its inputs and outputs."""
+    block = network.blocks[path]
+    with network.fake():
+        args, kwargs = _inputs(moments)
+        saved = SavedTensors(block, BlockPolicy(host=()), None)
+        with autocast(plan), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            output = block(*args, **kwargs)
+    shared = {_address(leaf) for leaf in tree_leaves((args, kwargs, output)) if isinstance(leaf, Tensor)}
+    sizes = [
+        (ordinal, saved.sizes[address])
+        for address, ordinal in saved.ordinals.items()
+        if address not in shared | saved.in_parts
+    ]
+    return sorted(sizes, key=lambda item: -item[1])
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _subsets(keepables: list[Keepable]) -> list[tuple[Keepable, ...]]:

@@ -268,7 +268,7 @@ def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placem
         for path, options in zip(paths, planning.block_options(base))
     ]
     step_s = seconds(trace.ops, planning.spec)
-    forward_s = step_s / 3
+    forward_s = seconds(trace.ops[: trace.num_forward_ops], planning.spec)
     hidden_bytes = int(LINK_SHARE * forward_s * planning.spec.host_link)
     host_limit = max(0, planning.ram_bytes - _host_state_bytes(planning, placement))
     return Problem(

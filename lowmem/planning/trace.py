@@ -55,6 +55,8 @@ class StepTrace:
     elsewhere_forward_peak: int
     elsewhere_backward_peak: int
     ops: list[OpCost]
+    num_forward_ops: int
+    """The first of `ops`, up to the first block's backward pass."""
     host_bytes: int
 
 
@@ -184,6 +186,7 @@ class _BlockWatch:
         self.elsewhere: Counter[str] = Counter()
         self.current: tuple[str, str] | None = None
         self.peak_bytes = 0
+        self.num_forward_ops = 0
         self.hooks: list[Any] = []
         for path, block in network.blocks.items():
             self.hooks.append(block.register_forward_pre_hook(_bound(self._forward_starts, path), with_kwargs=True))
@@ -213,6 +216,7 @@ class _BlockWatch:
             self.elsewhere["forward"],
             self.elsewhere["backward"],
             self.meter.ops,
+            self.num_forward_ops or len(self.meter.ops),
             host_bytes,
         )
 
@@ -249,6 +253,7 @@ class _BlockWatch:
     def _backward_starts(self, path: str) -> None:
         self._mark((path, "backward"))
         self.meter.label = "backward"
+        self.num_forward_ops = self.num_forward_ops or len(self.meter.ops)
 
 
 def _bound(action: Any, path: str) -> Any:
