@@ -28,8 +28,8 @@ EXACTNESS: tuple[Exactness, ...] = ("bitwise", "rounding", "statistical")
 MAX_TRIES = 4
 GOOD_ENOUGH = 0.025
 """A plan that leaves this share of the limit unused is not improved further."""
-HOPELESS = 1.1
-"""A mix that the program puts this far above the limit is not traced."""
+ALLOWANCES = (0.0, 0.02, 0.05)
+"""How far above the limit, as a share of it, a mix may be in the program's eyes and still be traced."""
 LEANER_FRAC = 0.93
 LARGEST_EVAL_BATCH = 128
 LINK_SHARE = 0.9
@@ -213,29 +213,25 @@ def _best_of(planning: Planning, micro_batch: int, limit_bytes: int) -> Candidat
     for placement in _placements(planning):
         plan = base.model_copy(update={"optimizer": placement})
         problem = _problem(planning, base, trace, placement)
-        bound_s = least_extra_s(problem, limit_bytes)
-        drafts.append((bound_s is None, _step_seconds(planning, trace, plan, bound_s or 0.0), plan, problem))
+        extra_s = least_extra_s(problem, int((1 + ALLOWANCES[-1]) * limit_bytes))
+        if extra_s is not None:
+            drafts.append((_step_seconds(planning, trace, plan, extra_s), plan, problem))
     best: Candidate | None = None
-    for seems_too_large, bound_s, plan, problem in sorted(drafts, key=lambda draft: draft[:2]):
-        if best is None or (bound_s < best.step_s and not seems_too_large):
-            solution = leanest(problem) if seems_too_large else cheapest(problem, limit_bytes)
-            found = _fitted(planning, plan, problem, solution, limit_bytes, trace)
+    for bound_s, plan, problem in sorted(drafts, key=lambda draft: draft[0]):
+        if best is None or bound_s < best.step_s:
+            found = _fitted(planning, plan, problem, limit_bytes, trace)
             best = found if found is not None and (best is None or found.step_s < best.step_s) else best
     return best
 
 
 def _fitted(
-    planning: Planning,
-    base: Plan,
-    problem: Problem,
-    solution: Solution | None,
-    limit_bytes: int,
-    unconstrained: StepTrace,
+    planning: Planning, base: Plan, problem: Problem, limit_bytes: int, unconstrained: StepTrace
 ) -> Candidate | None:
-    """Trace the program's answer as a whole, and tighten or relax the limit by what the program misjudged."""
+    """Trace the program's answer as a whole, and tighten or relax its limit by what it misjudged."""
     best: Candidate | None = None
+    solution = _first_solution(problem, limit_bytes)
     for _ in range(MAX_TRIES):
-        if solution is None or solution.peak_bytes > HOPELESS * limit_bytes:
+        if solution is None:
             break
         step_s = _step_seconds(planning, unconstrained, base, solution.extra_s)
         if best is not None and step_s >= best.step_s:
@@ -246,11 +242,19 @@ def _fitted(
         fits = trace.peak_bytes <= limit_bytes
         if fits:
             best = Candidate(plan, trace, step_s)
-            filled = limit_bytes - trace.peak_bytes <= GOOD_ENOUGH * limit_bytes or misjudged >= 0
-            if filled and solution.is_cheapest:
+            if limit_bytes - trace.peak_bytes <= GOOD_ENOUGH * limit_bytes or misjudged >= 0:
                 break
         solution = cheapest(problem, limit_bytes - misjudged - (0 if fits else MIB))
     return best
+
+
+def _first_solution(problem: Problem, limit_bytes: int) -> Solution | None:
+    """The program sees peaks that are slightly too large, so where it finds nothing it is asked again with a little more."""
+    for allowance in ALLOWANCES:
+        solution = cheapest(problem, int((1 + allowance) * limit_bytes))
+        if solution is not None:
+            return solution
+    return None
 
 
 def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placement) -> Problem:

@@ -5,7 +5,9 @@ those of the traced unconstrained step, less what earlier blocks save by their o
 a block sends to the host is released one block later, and comes back while the block after it runs its backward pass.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
+from math import prod
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -14,9 +16,11 @@ from scipy.sparse import csr_array
 from lowmem.planning.options import Option
 from lowmem.sizes import MIB
 
-GAP_S_FRAC = 1e-3
+GAP_S_FRAC = 1.5e-3
 """A mix within this share of the step's time of the best one is good enough."""
 TIME_LIMIT_S = 2.0
+MAX_ROUNDINGS = 1024
+"""Mixes tried in rounding the relaxation, whose optimum is in whole numbers but for a few blocks."""
 TIE_BREAK_S_PER_BYTE = 1e-15
 """Of two mixes that cost the same, the one that keeps less; a microsecond for a GiB."""
 
@@ -51,8 +55,6 @@ class Solution:
     peak_bytes: int
     """As the program sees it; the whole plan is traced to be sure."""
     extra_s: float
-    is_cheapest: bool = True
-    """False where the peak, and not the time, was made as small as it can be."""
 
 
 def cheapest(problem: Problem, limit_bytes: int) -> Solution | None:
@@ -71,8 +73,7 @@ def least_extra_s(problem: Problem, limit_bytes: int) -> float | None:
 def leanest(problem: Problem) -> Solution | None:
     """The mix with the smallest peak, whatever it costs."""
     system = _System(problem)
-    found = system.solve(system.costs([1e-3 * option.extra_s for option in system.options], 1.0), None)
-    return None if found is None else replace(found, is_cheapest=False)
+    return system.solve(system.costs([1e-3 * option.extra_s for option in system.options], 1.0), None)
 
 
 class _System:
@@ -96,7 +97,8 @@ class _System:
         return None if relaxed is None else float(costs @ relaxed)
 
     def solve(self, costs: np.ndarray, limit_bytes: int | None) -> Solution | None:
-        """Relaxed first; then in whole numbers, among the options that the relaxation uses for blocks of the same kind."""
+        """Relaxed first; then rounded, where that is good enough; else in whole numbers, first among the options that the
+        relaxation uses for blocks of the same kind."""
         if not self.problem.blocks:
             fits = limit_bytes is None or self.problem.head_peak <= limit_bytes
             return Solution([], self.problem.head_peak, 0.0) if fits else None
@@ -104,7 +106,11 @@ class _System:
         relaxed = self._run(costs, upper)
         if relaxed is None:
             return None
-        gap = GAP_S_FRAC * self.problem.step_s / max(float(costs @ relaxed), GAP_S_FRAC * self.problem.step_s)
+        good_enough = GAP_S_FRAC * (costs[-2] * relaxed[-2] if costs[-2] else self.problem.step_s)
+        gap = good_enough / max(float(costs @ relaxed), good_enough)
+        rounded = self._rounded(relaxed, costs, upper)
+        if rounded is not None and costs @ rounded <= costs @ relaxed + good_enough:
+            return self._solution(rounded)
         found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), gap)
         if found is None:
             found = self._run(costs, upper, gap)
@@ -121,6 +127,23 @@ class _System:
             options={"mip_rel_gap": gap or 0.0, "time_limit": TIME_LIMIT_S},
         )
         return found.x
+
+    def _rounded(self, relaxed: np.ndarray, costs: np.ndarray, upper: np.ndarray) -> np.ndarray | None:
+        """The best mix in whole numbers that takes each block's option from those that the relaxation gives a share."""
+        used = [
+            [start + n for n in range(len(block.options)) if relaxed[start + n] > 1e-6]
+            for block, start in zip(self.problem.blocks, self.starts)
+        ]
+        if prod(map(len, used)) > MAX_ROUNDINGS:
+            return None
+        mixes = np.zeros((prod(map(len, used)), len(self.options) + 2))
+        for number, columns in enumerate(product(*used)):
+            mixes[number, columns] = 1
+        to_host = mixes[:, :-2] @ np.array([option.host / MIB for option in self.options])
+        mixes[:, -2] = (mixes[:, :-2] @ self.peaks.T + self.constants).max(axis=1)
+        mixes[:, -1] = np.maximum(0, to_host - self.problem.hidden_bytes / MIB)
+        fits = (mixes[:, -2] <= upper[-2]) & (to_host <= self.problem.host_limit / MIB)
+        return mixes[fits][np.argmin(mixes[fits] @ costs)] if fits.any() else None
 
     def _upper(self, limit_bytes: int | None) -> np.ndarray:
         upper = np.ones(len(self.options) + 2)
