@@ -225,7 +225,7 @@ def _traced(network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, 
         handle = apply_policies(network.model, {path: policy})
         try:
             args, kwargs = _inputs(moments)
-            meter.adopt([*network.model.parameters(), *network.model.buffers()], "weights")
+            meter.adopt([*block.parameters(), *block.buffers()], "weights")
             meter.adopt([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], "inputs")
             with meter:
                 return _measured(block, args, kwargs, plan, meter, handle)

@@ -30,6 +30,8 @@ GOOD_ENOUGH = 0.025
 """A plan that leaves this share of the limit unused is not improved further."""
 ALLOWANCES = (0.0, 0.02, 0.05)
 """How far above the limit, as a share of it, a mix may be in the program's eyes and still be traced."""
+RUNG = 0.97
+"""Ratio of neighbouring limits; with GOOD_ENOUGH, a plan uses at least 0.97 x 0.975 of what it may where the limit binds."""
 LEANER_FRAC = 0.93
 LARGEST_EVAL_BATCH = 128
 LINK_SHARE = 0.9
@@ -54,6 +56,7 @@ class Planning:
     network: FakeNetwork = field(init=False)
     traces: dict[tuple[int, Placement], StepTrace] = field(default_factory=dict)
     options: dict[int, list[list[Option]]] = field(default_factory=dict)
+    rungs: "dict[int, Candidate | None]" = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.amp = settle_amp(self.recipe.amp, self.spec)
@@ -162,15 +165,33 @@ def plan_within(planning: Planning, limit_bytes: int) -> Plan:
     trace = planning.trace(base)
     baseline_s = _step_seconds(planning, trace, base, 0.0)
     if trace.peak_bytes <= limit_bytes:
-        return _finished(planning, Candidate(base, trace, baseline_s), baseline_s, limit_bytes)
+        found: Candidate | None = Candidate(base, trace, baseline_s)
+    else:
+        found = _on_rung(planning, trace.peak_bytes, limit_bytes) or _cheapest_within(planning, limit_bytes)
+    if found is None:
+        raise LowmemError(_too_small(planning, limit_bytes))
+    return _finished(planning, found, baseline_s, limit_bytes)
+
+
+def _on_rung(planning: Planning, unconstrained_bytes: int, limit_bytes: int) -> Candidate | None:
+    """The cheapest plan within the largest of a fixed ladder of limits that `limit_bytes` reaches.
+
+    A slightly different budget then gives the same plan, and a smaller one never a cheaper plan or a larger peak: a rung
+    lower, less is allowed than what a good plan of the rung above uses.
+    """
+    rung = math.ceil(math.log(limit_bytes / unconstrained_bytes, RUNG) - 1e-9)
+    if rung not in planning.rungs:
+        planning.rungs[rung] = _cheapest_within(planning, int(unconstrained_bytes * RUNG**rung))
+    return planning.rungs[rung]
+
+
+def _cheapest_within(planning: Planning, limit_bytes: int) -> Candidate | None:
     found = [
         candidate
         for micro_batch in _micro_batches(planning)
         if (candidate := _best_of(planning, micro_batch, limit_bytes))
     ]
-    if not found:
-        raise LowmemError(_too_small(planning, limit_bytes))
-    return _finished(planning, min(found, key=lambda item: item.step_s), baseline_s, limit_bytes)
+    return min(found, key=lambda item: item.step_s, default=None)
 
 
 def usable_blocks(trace: StepTrace) -> list[str]:
@@ -410,7 +431,11 @@ def _spec_of(plan: Plan) -> DeviceSpec:
 def with_budget(planning: Planning, spec: DeviceSpec, vram_bytes: int) -> Planning:
     """The same planning, with all its traces, under another budget."""
     other = replace(
-        planning, budget=budget_for(spec, vram_bytes, planning.device), traces=planning.traces, options=planning.options
+        planning,
+        budget=budget_for(spec, vram_bytes, planning.device),
+        traces=planning.traces,
+        options=planning.options,
+        rungs=planning.rungs,
     )
     other.network = planning.network
     return other

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 from lowmem.planning.options import Option
 from lowmem.sizes import MIB
 
-GAP_S_FRAC = 1.5e-3
+GAP_S_FRAC = 1e-3
 """A mix within this share of the step's time of the best one is good enough."""
 TIME_LIMIT_S = 2.0
 MAX_ROUNDINGS = 1024
