@@ -18,6 +18,8 @@ from lowmem.sizes import MIB
 
 GAP_S_FRAC = 1e-3
 """A mix within this share of the step's time of the best one is good enough."""
+GAP_PEAK_FRAC = 5e-3
+"""The same for the smallest peak, as a share of it."""
 TIME_LIMIT_S = 2.0
 MAX_ROUNDINGS = 1024
 """Mixes tried in rounding the relaxation, whose optimum is in whole numbers but for a few blocks."""
@@ -106,7 +108,7 @@ class _System:
         relaxed = self._run(costs, upper)
         if relaxed is None:
             return None
-        good_enough = GAP_S_FRAC * (costs[-2] * relaxed[-2] if costs[-2] else self.problem.step_s)
+        good_enough = GAP_PEAK_FRAC * costs[-2] * relaxed[-2] if costs[-2] else GAP_S_FRAC * self.problem.step_s
         gap = good_enough / max(float(costs @ relaxed), good_enough)
         rounded = self._rounded(relaxed, costs, upper)
         if rounded is not None and costs @ rounded <= costs @ relaxed + good_enough:
