@@ -23,7 +23,8 @@ from lowmem.errors import LowmemError
 from lowmem.machine import this_machine
 from lowmem.planning.budget import budget_for
 from lowmem.planning.devices import DeviceSpec, device_by_name
-from lowmem.planning.planner import Planning, default_ram, plan_within, with_budget
+from lowmem.planning.known import Planning, with_budget
+from lowmem.planning.planner import default_ram, plan_within
 from lowmem.recipe import Recipe, load_recipe
 from lowmem.sizes import GIB, format_size
 

@@ -23,10 +23,12 @@ from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.machine import this_machine
 from lowmem.planning.devices import device_by_name
+from lowmem.planning.known import usable_blocks
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import block_options, block_signature
 from lowmem.planning.plan import RECOMPUTE_ALL, BlockPolicy, Plan
-from lowmem.planning.planner import make_plan, usable_blocks
+from lowmem.planning.planner import make_plan
+from lowmem.planning.timing import Clock
 from lowmem.planning.trace import StepTrace, trace_step
 from lowmem.recipe import Recipe
 from lowmem.sizes import GIB, MIB
@@ -112,7 +114,7 @@ def policies(network: FakeNetwork, trace: StepTrace, plan: Plan, kind: str) -> d
         signature = block_signature(network.blocks[path], trace.blocks[path])
         if signature not in known:
             options = [
-                option.policy for option in block_options(network, path, trace.blocks[path], plan, CPU, offload=False)
+                option.policy for option in block_options(network, path, trace.blocks[path], plan, Clock(CPU), offload=False)
             ]
             known[signature] = max(
                 (o for o in options if o.recompute == "selective"), key=lambda o: len(o.keep), default=RECOMPUTE_ALL

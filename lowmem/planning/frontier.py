@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from lowmem.errors import LowmemError
 from lowmem.planning.budget import budget_for
 from lowmem.planning.devices import DeviceSpec
+from lowmem.planning.known import Planning, with_budget
 from lowmem.planning.plan import Plan
-from lowmem.planning.planner import Planning, default_ram, plan_within, with_budget
+from lowmem.planning.planner import default_ram, plan_within
 from lowmem.recipe import Recipe
 from lowmem.sizes import format_size, short_size
 

@@ -16,10 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lowmem.memory.activations import KEEPABLE_OPS, SavedTensors, _Keep, _Kept, apply_policies
 from lowmem.memory.offload import MIN_OFFLOAD_BYTES
 from lowmem.planning.cost import OpCost
-from lowmem.planning.devices import DeviceSpec
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import KEEP_ALL, RECOMPUTE_ALL, BlockPolicy, Plan
-from lowmem.planning.timing import hidden_copy_seconds, op_seconds, seconds
+from lowmem.planning.timing import Clock, hidden_copy_seconds
 from lowmem.planning.trace import BlockMoments, StepRecorder
 from lowmem.training.step import autocast
 
@@ -68,23 +67,23 @@ class _Figures:
 
 
 def block_options(
-    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, spec: DeviceSpec, offload: bool
+    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, clock: Clock, offload: bool
 ) -> list[Option]:
     """The Pareto set of a block's options, dearest in memory first; the first keeps everything."""
     none = _traced(network, path, moments, plan, KEEP_ALL)
     full = _traced(network, path, moments, plan, RECOMPUTE_ALL)
-    forward_s = seconds(none.forward_ops, spec)
-    keepables = _keepables(network, path, moments, plan, none, spec)
+    forward_s = clock.seconds(none.forward_ops)
+    keepables = _keepables(network, path, moments, plan, none, clock)
     options = [_option(KEEP_ALL, none, 0.0), _option(RECOMPUTE_ALL, full, forward_s)]
     for subset in _subsets(keepables):
-        options.append(_selective(subset, (), full, forward_s, spec))
+        options.append(_selective(subset, (), full, forward_s, clock))
         if offload:
             options += [
-                _selective(subset, subset[:count], full, forward_s, spec) for count in range(1, len(subset) + 1)
+                _selective(subset, subset[:count], full, forward_s, clock) for count in range(1, len(subset) + 1)
             ]
     if offload:
         saved = _saved(network, path, moments, plan)
-        options += [_hosted(saved[:count], none, spec) for count in _levels(len(saved))]
+        options += [_hosted(saved[:count], none, clock) for count in _levels(len(saved))]
     return _pareto(options)
 
 
@@ -105,7 +104,7 @@ def _option(policy: BlockPolicy, figures: _Figures, extra_s: float) -> Option:
 
 
 def _selective(
-    subset: tuple[Keepable, ...], hosted: tuple[Keepable, ...], full: _Figures, forward_s: float, spec: DeviceSpec
+    subset: tuple[Keepable, ...], hosted: tuple[Keepable, ...], full: _Figures, forward_s: float, clock: Clock
 ) -> Option:
     """Full recomputation, less the outputs that are kept."""
     kept = sum(item.num_bytes for item in subset if item not in hosted)
@@ -115,7 +114,7 @@ def _selective(
         keep=tuple(sorted(item.ordinal for item in subset)),
         host=tuple(sorted(item.ordinal for item in hosted)) if hosted else "none",
     )
-    extra_s = forward_s - sum(item.recompute_s for item in subset) + hidden_copy_seconds(2 * host, spec)
+    extra_s = forward_s - sum(item.recompute_s for item in subset) + hidden_copy_seconds(2 * host, clock.spec)
     return Option(
         policy,
         full.kept + kept,
@@ -127,7 +126,7 @@ def _selective(
     )
 
 
-def _hosted(items: list[tuple[int, int]], none: _Figures, spec: DeviceSpec) -> Option:
+def _hosted(items: list[tuple[int, int]], none: _Figures, clock: Clock) -> Option:
     """Nothing recomputed, and some of what is saved held in host memory; it is back before the block's backward pass."""
     host = sum(num_bytes for _, num_bytes in items)
     return Option(
@@ -137,7 +136,7 @@ def _hosted(items: list[tuple[int, int]], none: _Figures, spec: DeviceSpec) -> O
         none.forward_peak,
         none.backward_peak + host,
         host,
-        hidden_copy_seconds(2 * host, spec),
+        hidden_copy_seconds(2 * host, clock.spec),
     )
 
 
@@ -199,7 +198,7 @@ def _beats(a: Option, b: Option) -> bool:
 
 
 def _keepables(
-    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, none: _Figures, spec: DeviceSpec
+    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, none: _Figures, clock: Clock
 ) -> list[Keepable]:
     """Outputs that stay as they are until the block ends, with their bytes and what it costs to make them again."""
     every = set(range(sum(op.name in KEEPABLE_NAMES for op in none.forward_ops)))
@@ -207,7 +206,7 @@ def _keepables(
     with network.fake(), torch.no_grad(), autocast(plan), _Keep(every, set(), kept, None):
         args, kwargs = _inputs(moments)
         network.blocks[path](*args, **kwargs)
-    costs = [op_seconds(op, spec) for op in none.forward_ops if op.name in KEEPABLE_NAMES]
+    costs = [clock.op_seconds(op) for op in none.forward_ops if op.name in KEEPABLE_NAMES]
     found = []
     for ordinal, tree in kept.items():
         leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, _Kept)]

@@ -1,4 +1,4 @@
-"""Seconds of an operation on a device: a roofline from the device's data sheet.
+"""Seconds of an operation on a device: measured there (measure.py), or a roofline from the device's data sheet.
 
     seconds = max(flops / (efficiency x peak), bytes / (efficiency x bandwidth)) + launch
 
@@ -8,9 +8,13 @@ come out within a few per cent.
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 from lowmem.planning.cost import OpCost
 from lowmem.planning.devices import DeviceSpec
+
+if TYPE_CHECKING:
+    from lowmem.planning.measure import MeasuredTimes
 
 COMPUTE_EFFICIENCY = 0.60
 GROUPED_EFFICIENCY = 0.30
@@ -18,16 +22,28 @@ BANDWIDTH_EFFICIENCY = 0.80
 LAUNCH_S = {"cuda": 6e-6, "cpu": 4e-6}
 
 
-def op_seconds(op: OpCost, spec: DeviceSpec) -> float:
-    peak = spec.flops.get(op.dtype) or spec.flops["fp32"]
-    efficiency = GROUPED_EFFICIENCY if op.groups > 1 else COMPUTE_EFFICIENCY
-    compute_s = op.flops / (efficiency * peak)
-    memory_s = op.num_bytes / (BANDWIDTH_EFFICIENCY * spec.bandwidth)
-    return max(compute_s, memory_s) + LAUNCH_S[spec.kind]
+class Clock:
+    """Seconds of operations on one device: as measured there, where `measured` has them, and otherwise a roofline, scaled by
+    what the measured ones took against theirs."""
 
+    def __init__(self, spec: DeviceSpec, measured: "MeasuredTimes | None" = None) -> None:
+        self.spec, self.measured = spec, measured
+        self.factor = measured.against(self._roofline) if measured else 1.0
+        self.source: Literal["measured", "roofline"] = "measured" if measured else "roofline"
 
-def seconds(ops: Iterable[OpCost], spec: DeviceSpec) -> float:
-    return sum(op_seconds(op, spec) for op in ops)
+    def op_seconds(self, op: OpCost) -> float:
+        found = self.measured.find(op) if self.measured else None
+        return self.factor * self._roofline(op) if found is None else found
+
+    def seconds(self, ops: Iterable[OpCost]) -> float:
+        return sum(self.op_seconds(op) for op in ops)
+
+    def _roofline(self, op: OpCost) -> float:
+        peak = self.spec.flops.get(op.dtype) or self.spec.flops["fp32"]
+        efficiency = GROUPED_EFFICIENCY if op.groups > 1 else COMPUTE_EFFICIENCY
+        compute_s = op.flops / (efficiency * peak)
+        memory_s = op.num_bytes / (BANDWIDTH_EFFICIENCY * self.spec.bandwidth)
+        return max(compute_s, memory_s) + LAUNCH_S[self.spec.kind]
 
 
 def link_seconds(num_bytes: int, spec: DeviceSpec) -> float:

@@ -1,0 +1,115 @@
+"""What is known while a plan is made: the network of fake tensors, its traces, and the options of its blocks."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lowmem.errors import LowmemError
+from lowmem.machine import usable_cores
+from lowmem.memory.batchnorm import has_live_batchnorm
+from lowmem.planning.budget import budget_for
+from lowmem.planning.devices import DeviceSpec, settle_amp
+from lowmem.planning.network import FakeNetwork
+from lowmem.planning.options import Option, block_options, block_signature
+from lowmem.planning.plan import Budget, Exactness, LoaderPlan, Placement, Plan
+from lowmem.planning.timing import Clock
+from lowmem.planning.trace import StepTrace, trace_step
+from lowmem.recipe import Recipe
+
+
+@dataclass
+class Planning:
+    """What is known while a plan is made: one recipe on one device under one budget."""
+
+    recipe: Recipe
+    spec: DeviceSpec
+    device: str
+    budget: Budget
+    num_classes: int
+    num_train: int
+    ram_bytes: int
+    allow: Exactness
+    clock: Clock | None = None
+    """Where seconds come from; by default a roofline of the device's data sheet."""
+    network: FakeNetwork | None = None
+    traces: dict[tuple[int, Placement], StepTrace] = field(default_factory=dict)
+    options: dict[int, list[list[Option]]] = field(default_factory=dict)
+    rungs: dict[int, Any] = field(default_factory=dict)
+    """Plans by their rung of the ladder of limits."""
+
+    def __post_init__(self) -> None:
+        self.amp = settle_amp(self.recipe.amp, self.spec)
+        self.clock = self.clock or Clock(self.spec)
+        self.network = self.network or FakeNetwork(self.recipe, self.num_classes)
+        self.batchnorm = has_live_batchnorm(self.network.model)
+        self.named = {name: p for name, p in self.network.model.named_parameters() if p.requires_grad}
+
+    def base_plan(self, micro_batch: int) -> Plan:
+        """Nothing recomputed, offloaded or moved; on the CPU, where fake tensors live, until it is finished."""
+        split = micro_batch < self.recipe.batch.atom
+        exactness: Exactness = "bitwise" if not split else "statistical" if self.batchnorm else "rounding"
+        return Plan(
+            device="cpu",
+            device_name=self.spec.name,
+            amp_dtype=self.amp,
+            micro_batch=micro_batch,
+            autocast_cache=False,
+            exactness=exactness,
+            budget=self.budget,
+            loader=loader_plan(self.spec),
+            num_blocks=len(self.network.blocks),
+        )
+
+    def trace(self, plan: Plan) -> StepTrace:
+        """The unconstrained step of a micro-batch; a model whose meta build cannot be traced is built for real."""
+        key = (plan.micro_batch, plan.optimizer)
+        if key not in self.traces:
+            try:
+                self.traces[key] = trace_step(self.network, plan, self.recipe)
+            except (RuntimeError, NotImplementedError, TypeError) as error:
+                if getattr(self, "rebuilt", False):
+                    raise LowmemError(
+                        f"{self.recipe.model.name} cannot be traced: {str(error).splitlines()[0]}"
+                    ) from error
+                self.rebuilt = True
+                self.network = FakeNetwork(self.recipe, self.num_classes, real_build=True)
+                return self.trace(plan)
+        return self.traces[key]
+
+    def block_options(self, plan: Plan) -> list[list[Option]]:
+        """Options of each block in forward order, traced once for blocks that are the same."""
+        if plan.micro_batch not in self.options:
+            trace, known = self.trace(plan), {}
+            found = []
+            for path in usable_blocks(trace):
+                moments = trace.blocks[path]
+                signature = block_signature(self.network.blocks[path], moments)
+                if signature not in known:
+                    known[signature] = block_options(
+                        self.network, path, moments, plan, self.clock, self.spec.kind == "cuda"
+                    )
+                found.append(known[signature])
+            self.options[plan.micro_batch] = found
+        return self.options[plan.micro_batch]
+
+
+def usable_blocks(trace: StepTrace) -> list[str]:
+    """Blocks that run once in a forward pass and have a backward pass, in forward order."""
+    return [path for path in trace.order if trace.blocks[path].num_calls == 1 and trace.blocks[path].backward_start]
+
+
+def with_budget(planning: Planning, spec: DeviceSpec, vram_bytes: int) -> Planning:
+    """The same planning, with all its traces, under another budget."""
+    return replace(planning, budget=budget_for(spec, vram_bytes, planning.device))
+
+
+def host_state_bytes(planning: Planning, placement: Placement) -> int:
+    """AdamW's moments, where they live in host memory."""
+    return sum(2 * p.nbytes for p in planning.named.values()) if placement.startswith("host") else 0
+
+
+def loader_plan(spec: DeviceSpec) -> LoaderPlan:
+    """Workers beside the step: all cores but one where a card computes; one where the processor does."""
+    cores = usable_cores()
+    if spec.kind == "cpu":
+        return LoaderPlan(workers=1, torch_threads=cores)
+    return LoaderPlan(workers=max(1, min(8, cores - 1)), pin_memory=spec.present)
