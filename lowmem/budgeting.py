@@ -65,11 +65,14 @@ class PlanRequest:
     allow: str
     num_classes: int | None
     num_images: int | None
+    measure: bool = False
 
 
 def show_plan(request: PlanRequest, out: Path | None, console: Console) -> Plan:
     """Print the plan, and save it where `out` is given."""
     recipe, spec, device, classes, images = _settled(request)
+    if request.measure and not spec.present:
+        raise LowmemError(f"--measure: {spec.name} is not in this computer. Leave it out, or give --device auto.")
     plan = make_plan(
         recipe,
         spec,
@@ -79,6 +82,8 @@ def show_plan(request: PlanRequest, out: Path | None, console: Console) -> Plan:
         num_classes=classes,
         num_train=images,
         allow=request.allow,
+        measure=request.measure,
+        say=console.print,
     )
     for line in plan_lines(plan):
         console.print(escape(line), highlight=False, soft_wrap=True)

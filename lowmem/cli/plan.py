@@ -32,6 +32,9 @@ def plan(
     frontier: Annotated[
         bool, typer.Option("--frontier", help="Time and memory over budgets, as a table (and with --out as a figure).")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the network's blocks on the device, where the budget leaves a choice.")
+    ] = False,
     out: Annotated[
         Optional[Path], typer.Option("--out", help="Save the plan to this file, or the frontier to this folder.")
     ] = None,
@@ -39,7 +42,7 @@ def plan(
     """Show how a recipe would be trained in a budget; no GPU is needed."""
     from lowmem.budgeting import PlanRequest, show_frontier, show_plan
 
-    request = PlanRequest(recipe, vram, ram, device, data, tuple(set_ or ()), allow, classes, images)
+    request = PlanRequest(recipe, vram, ram, device, data, tuple(set_ or ()), allow, classes, images, measure)
     (show_frontier if frontier else show_plan)(request, out, Console())
 
 

@@ -1,18 +1,23 @@
 """What is known while a plan is made: the network of fake tensors, its traces, and the options of its blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import nn
 
 from lowmem.errors import LowmemError
 from lowmem.machine import usable_cores
 from lowmem.memory.batchnorm import has_live_batchnorm
 from lowmem.planning.budget import budget_for
 from lowmem.planning.devices import DeviceSpec, settle_amp
+from lowmem.planning.measure import measured_times, times_file
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import Option, block_options, block_signature
 from lowmem.planning.plan import Budget, Exactness, LoaderPlan, Placement, Plan
 from lowmem.planning.timing import Clock
-from lowmem.planning.trace import StepTrace, trace_step
+from lowmem.planning.trace import BlockMoments, StepTrace, trace_step
 from lowmem.recipe import Recipe
 
 
@@ -74,6 +79,19 @@ class Planning:
                 self.network = FakeNetwork(self.recipe, self.num_classes, real_build=True)
                 return self.trace(plan)
         return self.traces[key]
+
+    def measure(self, plan: Plan, say: Callable[[str], None]) -> None:
+        """Take the times of this network's operations from the device; before any option of a block is asked for."""
+        trace = self.trace(plan)
+        kinds: dict[str, tuple[nn.Module, BlockMoments]] = {}
+        for path in usable_blocks(trace):
+            kinds.setdefault(
+                block_signature(self.network.blocks[path], trace.blocks[path]),
+                (self.network.blocks[path], trace.blocks[path]),
+            )
+        device = torch.device(self.device)
+        path = times_file(device, plan.memory_format)
+        self.clock = Clock(self.spec, measured_times(kinds, plan, device, path, say=say))
 
     def block_options(self, plan: Plan) -> list[list[Option]]:
         """Options of each block in forward order, traced once for blocks that are the same."""

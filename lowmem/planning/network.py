@@ -1,7 +1,8 @@
 """A network of fake tensors: all its shapes, none of its memory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,20 @@ from lowmem.training.model import build_model, freeze_batchnorm
 class FakeNetwork:
     """The recipe's model on the fake CPU, in training mode, in channels_last or contiguous layout.
 
-    A model is built on the meta device, which costs nothing; some have initialisations that look at their values, and are
+    `mode` is what makes tensors fake. A model is built on the meta device, which costs nothing; some have initialisations that look at their values, and are
     built for real first.
     """
 
     def __init__(
-        self, recipe: Recipe, num_classes: int, memory_format: str = "channels_last", real_build: bool = False
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        memory_format: str = "channels_last",
+        real_build: bool = False,
+        mode: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.recipe, self.num_classes, self.memory_format = recipe, num_classes, memory_format
-        self.mode = ShapeMode()
+        self.mode = mode or ShapeMode()
         self.model = self._converted(self._built(real_build))
         self.training_mode()
         self.blocks = find_blocks(self.model)

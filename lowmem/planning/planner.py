@@ -6,6 +6,7 @@ tightened by what it missed.
 """
 
 import math
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from lowmem.planning.budget import budget_for
 from lowmem.planning.devices import DeviceSpec, device_by_name, device_spec
 from lowmem.planning.explain import reasons_for
 from lowmem.planning.known import Planning, host_state_bytes
+from lowmem.planning.measure import load_times, times_file
 from lowmem.planning.plan import Budget, Exactness, Plan, Prediction
 from lowmem.planning.search import (
     Candidate,
@@ -26,6 +28,7 @@ from lowmem.planning.search import (
     step_seconds,
 )
 from lowmem.planning.solve import leanest
+from lowmem.planning.timing import Clock
 from lowmem.planning.trace import optimizer_bytes, trace_evaluation, trace_step
 from lowmem.recipe import Recipe
 from lowmem.sizes import GIB, MIB, format_size
@@ -49,15 +52,23 @@ def make_plan(
     num_classes: int,
     num_train: int,
     allow: str = "rounding",
+    measure: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """The cheapest plan for a recipe within `vram_bytes`; raises LowmemError where none fits.
 
-    `allow`: the least exact plan that may be chosen.
+    `allow`: the least exact plan that may be chosen. `measure`: time the network's blocks on the device, which must be here, where
+    the budget leaves a choice; times that were taken before are used in any case.
     """
     if allow not in EXACTNESS:
         raise LowmemError(f"--allow {allow}: give bitwise, rounding or statistical.")
     budget = budget_for(spec, vram_bytes, device)
     planning = Planning(recipe, spec, device, budget, num_classes, num_train, ram_bytes or default_ram(), allow)
+    base = planning.base_plan(recipe.batch.atom)
+    if spec.present:
+        planning.clock = Clock(spec, load_times(times_file(torch.device(device), base.memory_format)))
+        if measure and planning.trace(base).peak_bytes > budget.tensor_bytes:
+            planning.measure(base, say)
     return plan_within(planning, budget.tensor_bytes)
 
 
@@ -117,7 +128,7 @@ def _finished(planning: Planning, candidate: Candidate, baseline_s: float, limit
         step_s=candidate.step_s,
         epoch_s=candidate.step_s * steps,
         baseline_step_s=baseline_s,
-        time_source=planning.clock.source,
+        time_source=planning.clock.source(candidate.trace.ops),
     )
     plan = candidate.plan.model_copy(
         update={

@@ -7,7 +7,7 @@ RTX 3090's rates in timm's published training benchmark (AMP, channels_last: res
 come out within a few per cent.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lowmem.planning.cost import OpCost
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMPUTE_EFFICIENCY = 0.60
 GROUPED_EFFICIENCY = 0.30
 BANDWIDTH_EFFICIENCY = 0.80
+MOSTLY = 0.7
 LAUNCH_S = {"cuda": 6e-6, "cpu": 4e-6}
 
 
@@ -29,7 +30,11 @@ class Clock:
     def __init__(self, spec: DeviceSpec, measured: "MeasuredTimes | None" = None) -> None:
         self.spec, self.measured = spec, measured
         self.factor = measured.against(self._roofline) if measured else 1.0
-        self.source: Literal["measured", "roofline"] = "measured" if measured else "roofline"
+
+    def source(self, ops: Sequence[OpCost]) -> Literal["measured", "roofline"]:
+        """Where most of these operations' time comes from."""
+        found_s = sum(self.op_seconds(op) for op in ops if self.measured and self.measured.find(op) is not None)
+        return "measured" if found_s > MOSTLY * self.seconds(ops) else "roofline"
 
     def op_seconds(self, op: OpCost) -> float:
         found = self.measured.find(op) if self.measured else None

@@ -1,6 +1,7 @@
 """From what the user typed to a run, and the run to its end."""
 
 import re
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,7 @@ def train_new_run(request: TrainRequest) -> int:
     with ExitStack() as stack:
         progress = stack.enter_context(open_progress())
         dataset = open_data(recipe, request.data, progress)
-        plan = plan_for(request, recipe, spec, device, dataset)
+        plan = plan_for(request, recipe, spec, device, dataset, progress.say)
         model, loaded = initialised_model(recipe.model, len(dataset.classes), recipe.seed)
         folder = new_run_folder(request.out, Path(request.recipe).stem)
         stack.enter_context(RunLock(folder))
@@ -123,7 +124,14 @@ def open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset:
     return dataset
 
 
-def plan_for(request: TrainRequest, recipe: Recipe, spec: DeviceSpec, device: torch.device, dataset: Dataset) -> Plan:
+def plan_for(
+    request: TrainRequest,
+    recipe: Recipe,
+    spec: DeviceSpec,
+    device: torch.device,
+    dataset: Dataset,
+    say: Callable[[str], None] = lambda text: None,
+) -> Plan:
     if request.plan_file is not None:
         return load_plan(request.plan_file)
     ram = parse_size(request.ram) if request.ram else None
@@ -136,6 +144,8 @@ def plan_for(request: TrainRequest, recipe: Recipe, spec: DeviceSpec, device: to
         num_classes=len(dataset.classes),
         num_train=len(dataset.train),
         allow=request.allow,
+        measure=True,
+        say=say,
     )
 
 
