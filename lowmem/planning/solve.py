@@ -18,6 +18,8 @@ from lowmem.sizes import MIB
 
 GAP_S_FRAC = 1e-3
 """A mix within this share of the step's time of the best one is good enough."""
+ENOUGH_OF_KIND = 5
+"""A mix of the options that the relaxation uses may miss the relaxation by this many such gaps; else all options are searched."""
 GAP_PEAK_FRAC = 5e-3
 """The same for the smallest peak, as a share of it."""
 TIME_LIMIT_S = 2.0
@@ -114,7 +116,7 @@ class _System:
         if rounded is not None and costs @ rounded <= costs @ relaxed + good_enough:
             return self._solution(rounded)
         found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), gap)
-        if found is None:
+        if found is None or costs @ found > costs @ relaxed + ENOUGH_OF_KIND * good_enough:
             found = self._run(costs, upper, gap)
         return None if found is None else self._solution(found)
 

@@ -11,7 +11,7 @@ from lowmem.sizes import GIB
 CLASSES = 10
 
 
-def small_recipe(name: str = "resnet26d", px: int = 64, batch: int = 8, **fields: object) -> Recipe:
+def small_recipe(name: str = "resnet26d", px: int = 128, batch: int = 16, **fields: object) -> Recipe:
     data = {"train_px": px, "val_px": px, "test_px": px}
     tree = {"model": {"name": name, "weights": "none"}, "data": data, "batch": {"size": batch}, "amp": "fp32"}
     return Recipe.model_validate(tree | fields)
