@@ -43,7 +43,7 @@ MODELS = {
     "rexnet_100": 128, "cspresnet50": 128, "repvgg_a0": 128, "coatnet_nano_rw_224": 224, "beit_base_patch16_224": 224, "poolformer_s12": 224,
     "levit_128s": 224, "pvt_v2_b0": 224, "edgenext_xx_small": 160,
 }  # fmt: skip
-BATCH, CLASSES = 4, 10
+BATCH, CLASSES = 16, 16
 POLICIES = ("none", "selective", "full")
 CPU = device_by_name("CPU")
 
