@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -142,7 +143,7 @@ def measured_peak(recipe: Recipe, plan: Plan) -> int:
     gc.collect()
     resident = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for t in (*engine._resident(), *device_input.tensors(), batch.images_BHWC)
+        for t in (*chain(*engine.resident().values()), *device_input.tensors(), batch.images_BHWC)
     }
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         engine.train_step(batch, device_input, 1, 1, 1e-4)

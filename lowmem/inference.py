@@ -63,7 +63,7 @@ def open_classifier(path: Path, vram: str, device: str) -> Classifier:
         budget=Budget(total_bytes=parse_size(vram)),
         loader=LoaderPlan(pin_memory=chosen.type == "cuda"),
     )
-    limit = enforce(chosen, plan.budget, lambda: [*model.parameters(), *model.buffers()])
+    limit = enforce(chosen, plan.budget, lambda: {"weights": [*model.parameters(), *model.buffers()]})
     norm = Normalisation(info.mean, info.std)
     return Classifier(model, info, plan, DeviceInput(norm, chosen, plan.memory_format), limit.watch)
 

@@ -24,6 +24,7 @@ from lowmem.errors import LowmemError
 from lowmem.memory.batchnorm import batchnorms, recomputing
 from lowmem.memory.dropout import draws_random_numbers, mask_mode
 from lowmem.memory.offload import MIN_OFFLOAD_BYTES, Group, HostStore, Ticket
+from lowmem.phases import phase
 from lowmem.planning.plan import BlockPolicy
 
 aten = torch.ops.aten
@@ -152,8 +153,7 @@ _RUN = {"none": _run_none, "full": _run_full, "selective": _run_selective}
 def _checkpoint(
     block: nn.Module, forward: Callable[..., Any], contexts: Callable[[], Any], args: Any, kwargs: Any
 ) -> Any:
-    masks = mask_mode()
-    context_fn = contexts if masks is None else partial(_with_masks, masks, contexts)
+    context_fn = partial(_both_runs, mask_mode() or nullcontext(), contexts)
     # Taken apart and put together again, so that a list which the caller goes on filling (DenseNet) is recomputed as it was.
     leaves, structure = tree_flatten((args, kwargs))
 
@@ -166,16 +166,16 @@ def _checkpoint(
     )
 
 
-def _with_masks(
+def _both_runs(
     masks: AbstractContextManager[Any], contexts: Callable[[], Any]
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     first_run, second_run = contexts()
-    return first_run, _both(masks, second_run)
+    return first_run, _second_run(masks, second_run)
 
 
 @contextmanager
-def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
+def _second_run(masks: AbstractContextManager[Any], context: AbstractContextManager[Any]) -> Iterator[None]:
+    with phase("recomputation"), masks, context:
         yield
 
 

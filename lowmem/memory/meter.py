@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem.phases import current_phase
 from lowmem.sizes import format_size
 
 _HOST_DEPTH = [0]
@@ -71,11 +72,15 @@ class Timeline:
 class MemoryMeter(TorchDispatchMode):
     """Context: counts `live_bytes` and `peak_bytes`; `limit_bytes` makes it raise torch.OutOfMemoryError.
 
-    `label` is written into the timeline with each allocation, where one is recorded.
+    `label`, or the running phase where it is empty, is written into the timeline with each allocation, where one is recorded.
+    `device_type` counts the tensors of that device only.
     """
 
-    def __init__(self, limit_bytes: int | None = None, record: bool = False) -> None:
+    def __init__(
+        self, limit_bytes: int | None = None, record: bool = False, device_type: str | None = None
+    ) -> None:
         super().__init__()
+        self.device_type = device_type
         self.limit_bytes = limit_bytes
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -111,6 +116,8 @@ class MemoryMeter(TorchDispatchMode):
         self.peak_bytes = self.live_bytes
 
     def _see(self, tensor: Tensor) -> None:
+        if self.device_type is not None and tensor.device.type != self.device_type:
+            return
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._live or (_HOST_DEPTH[0] and self._ignore(storage, address)):
@@ -140,7 +147,7 @@ class MemoryMeter(TorchDispatchMode):
     def _record(self, address: int, num_bytes: int) -> None:
         assert self.timeline is not None
         self.timeline.clock += 1
-        item = Allocation(num_bytes, self.label, self.timeline.clock)
+        item = Allocation(num_bytes, self.label or current_phase(), self.timeline.clock)
         self.timeline.allocations.append(item)
         self.timeline.live_now[address] = item
 

@@ -18,6 +18,7 @@ from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
 from lowmem.memory.limit import enforce, is_out_of_memory, recover
 from lowmem.memory.optimizer import place_optimizer
+from lowmem.phases import phase
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 from lowmem.training.ema import Ema, is_ema
@@ -60,11 +61,8 @@ class Engine:
         self.step.has_begun_update = False
         problem = ""
         try:
-            with self.enforcement.watch("training, mixed" if device_input.is_mixed(epoch, step) else "training"):
-                loss = self.step(device_input.prepare(batch, epoch, step), epoch, step)
-                if self.ema is not None:
-                    self.ema.update(self.model)
-                return loss
+            with phase("step"):
+                return self._watched_step(batch, device_input, epoch, step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -132,8 +130,18 @@ class Engine:
         self.policies = apply_policies(self.model, plan.blocks)
         self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
         self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer, self.policies)
-        self.enforcement = enforce(self.device, plan.budget, self._resident)
+        self.enforcement = enforce(self.device, plan.budget, self.resident)
         self.backup = StatisticsBackup(self.model)
+
+    def _watched_step(self, batch: HostBatch, device_input: DeviceInput, epoch: int, step: int) -> Tensor:
+        with self.enforcement.watch("training, mixed" if device_input.is_mixed(epoch, step) else "training"):
+            with phase("copy"):
+                prepared = device_input.prepare(batch, epoch, step)
+            loss = self.step(prepared, epoch, step)
+            if self.ema is not None:
+                with phase("optimizer"):
+                    self.ema.update(self.model)
+            return loss
 
     def _take_back(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -143,14 +151,14 @@ class Engine:
         recover()
         self.backup.restore()
 
-    def _resident(self) -> Iterable[Tensor]:
-        """What lives on the device between steps."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
-        yield from self.optimizer.device_tensors()
-        yield from self.backup.copies
-        yield from self.ema.device_tensors() if self.ema is not None else ()
-        yield self.objective.weights_K
+    def resident(self) -> dict[str, list[Tensor]]:
+        """What lives on the device between steps, by what it is for."""
+        model, objective = self.model, self.objective
+        return {
+            "weights": [*model.parameters(), *model.buffers(), *self.backup.copies, objective.weights_K],
+            "optimizer": list(self.optimizer.device_tensors()),
+            "ema": [] if self.ema is None else list(self.ema.device_tensors()),
+        }
 
     def _dismantle(self) -> None:
         self.policies.remove()

@@ -72,6 +72,10 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    @property
     def lock(self) -> Path:
         return self.path / "run.lock"
 

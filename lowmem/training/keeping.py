@@ -5,10 +5,12 @@ import time
 from dataclasses import replace
 
 from lowmem.disk import writing
+from lowmem.phases import phase
 from lowmem.results.classifier import save_classifier
 from lowmem.results.history import EpochRow, append_epoch, read_history
 from lowmem.results.plots import plot_run
 from lowmem.results.report import write_report
+from lowmem.results.run_profile import profile_line
 from lowmem.training.evaluate import Evaluation, read_evaluation, write_evaluation
 from lowmem.training.run import Run
 from lowmem.training.saving import refuse_not_finite
@@ -18,10 +20,11 @@ from lowmem.training.schedule import after_epoch, is_best, learning_rate
 def save_checkpoint(run: Run, wait: bool = False) -> None:
     """Keep the run as it stands between two steps; written beside the next steps, or, with `wait`, when this returns."""
     check_losses(run)
-    run.saver.save(run.engine, run.state_now())
-    run.checkpoint_saved()
-    if wait:
-        run.saver.wait()
+    with phase("checkpoint"):
+        run.saver.save(run.engine, run.state_now())
+        run.checkpoint_saved()
+        if wait:
+            run.saver.wait()
 
 
 def check_losses(run: Run) -> None:
@@ -37,6 +40,19 @@ def keep_epoch(run: Run, evaluation: Evaluation) -> None:
     The checkpoint comes last: a run that dies before it trains the epoch again, to the same classifier and row.
     """
     check_losses(run)
+    epoch = run.state.epoch
+    with phase("checkpoint"):
+        row, best = _kept(run, evaluation)
+    run.folder.record("epoch", **vars(row), best=best)
+    run.progress.epoch(row, best)
+    profile = run.profile.end_epoch(epoch, run.recipe.batch.size, run.plan, run.engine.enforcement)
+    run.progress.say(profile_line(profile))
+    if run.figures_are_due():
+        draw_figures(run)
+
+
+def _kept(run: Run, evaluation: Evaluation) -> tuple[EpochRow, bool]:
+    """The epoch's row, and whether it is the best so far; both are on the disk."""
     checkpoint = run.saver.copy(run.engine, run.state_now())
     refuse_not_finite(checkpoint)
     row = epoch_row(run, evaluation)
@@ -52,10 +68,7 @@ def keep_epoch(run: Run, evaluation: Evaluation) -> None:
     run.change(epoch=run.state.epoch + 1, step=0, losses=(), schedule=schedule)
     run.saver.write(replace(checkpoint, state=run.state_now()))
     run.checkpoint_saved()
-    run.folder.record("epoch", **vars(row), best=best)
-    run.progress.epoch(row, best)
-    if run.figures_are_due():
-        draw_figures(run)
+    return row, best
 
 
 def finish(run: Run) -> None:

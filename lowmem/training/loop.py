@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from lowmem.data.batch import HostBatch
 from lowmem.memory.housekeeping import collect_garbage
+from lowmem.phases import phase
 from lowmem.training import keeping
 from lowmem.training.engine import OutOfBudgetError
 from lowmem.training.interrupt import StoppedError
@@ -70,7 +71,8 @@ def timed(batches: Iterator[HostBatch], run: Run) -> Iterator[HostBatch]:
     """The batches, with the time spent waiting for each added to the run's clock."""
     while True:
         started = time.perf_counter()
-        batch = next(batches, None)
+        with phase("waiting"):
+            batch = next(batches, None)
         run.clock.wait_data_s += time.perf_counter() - started
         if batch is None:
             return

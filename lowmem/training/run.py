@@ -20,6 +20,7 @@ from lowmem.training.engine import Engine, OutOfBudgetError
 from lowmem.training.folder import RunFolder
 from lowmem.training.interrupt import StopRequest
 from lowmem.training.saving import Saver, not_finite_text
+from lowmem.training.self_profile import SelfProfile
 from lowmem.training.state import RunState
 
 SHOW_EVERY_S = 0.25
@@ -54,6 +55,7 @@ class Run:
     stop: StopRequest
     saver: Saver
     pressure: PressureWatch
+    profile: SelfProfile
     steps_per_epoch: int
     checkpoint_every_s: float = 600.0
     checkpoint_every_steps: int = 0

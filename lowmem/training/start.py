@@ -38,6 +38,7 @@ from lowmem.training.model import initialised_model
 from lowmem.training.run import Run
 from lowmem.training.saving import Saver
 from lowmem.training.schedule import first_state
+from lowmem.training.self_profile import SelfProfile
 from lowmem.training.state import RunState
 
 EXIT_DONE = 0
@@ -202,6 +203,7 @@ def assemble(
             partial(_tell_of_pressure, folder, progress),
             plan.budget.total_bytes if plan.budget and engine.device.type == "cuda" else None,
         ),
+        profile=SelfProfile(folder.profile, plan),
         steps_per_epoch=len(dataset.train) // recipe.batch.size,
         checkpoint_every_s=cadence[0],
         checkpoint_every_steps=cadence[1],
@@ -226,7 +228,8 @@ def run_to_end(run: Run) -> int:
     run.progress.start(run.recipe.schedule.epochs, run.steps_per_epoch, run.state.epoch)
     freeze_garbage()
     try:
-        train(run)
+        with run.profile.running():
+            train(run)
     except StoppedError:
         run.progress.close()
         run.progress.say(

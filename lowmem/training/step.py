@@ -20,6 +20,7 @@ from lowmem.memory.activations import PolicyHandle
 from lowmem.memory.batchnorm import AtomStatistics, has_live_batchnorm
 from lowmem.memory.dropout import atom_masks, draws_random_numbers
 from lowmem.memory.optimizer import PlacedOptimizer
+from lowmem.phases import phase
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 from lowmem.training.objective import Objective
@@ -87,7 +88,8 @@ class TrainStep:
         self.statistics.end_step()
         # On the device all weights change in one kernel at the end, which needs no memory of its own.
         self.has_begun_update = self.plan.optimizer != "device"
-        self.optimizer.update(self.scaler, self.recipe.optimizer.clip_norm)
+        with phase("optimizer"):
+            self.optimizer.update(self.scaler, self.recipe.optimizer.clip_norm)
         self.has_begun_update = True
         return loss
 
@@ -97,14 +99,17 @@ class TrainStep:
         self.statistics.begin_atom(part.atom)
         rows = slice(part.start - part.first, part.stop - part.first) if self.masks_by_row else None
         with atom_masks(self.recipe.seed, epoch, step, part.atom, rows, self.recipe.batch.atom):
-            with autocast(self.plan):
-                logits_BK = self.model(batch.images_BCHW[part.start : part.stop])
-            self.policies.end_forward()
-            loss = self.objective.loss_sum(logits_BK, batch.targets.rows(part.start, part.stop)) / total_weight
-            del logits_BK
+            with phase("forward"):
+                with autocast(self.plan):
+                    logits_BK = self.model(batch.images_BCHW[part.start : part.stop])
+                self.policies.end_forward()
+                targets = batch.targets.rows(part.start, part.stop)
+                loss = self.objective.loss_sum(logits_BK, targets) / total_weight
+                del logits_BK
             self.has_begun_update = part is self.parts[-1] and self.plan.optimizer.endswith("backward")
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            self.policies.end_backward()
+            with phase("backward"):
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                self.policies.end_backward()
         return loss.detach()
 
 

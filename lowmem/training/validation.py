@@ -7,6 +7,7 @@ from lowmem.data.batch import HostBatch
 from lowmem.memory.housekeeping import release_cache
 from lowmem.memory.limit import is_out_of_memory, recover
 from lowmem.memory.meter import host_memory
+from lowmem.phases import phase
 from lowmem.training.evaluate import Evaluation, evaluate
 from lowmem.training.interrupt import StoppedError
 from lowmem.training.run import Run
@@ -16,6 +17,11 @@ def validate(run: Run) -> Evaluation:
     """Evaluate the model as it stands; a smaller batch takes over where the plan's does not fit. Raises StoppedError when asked
     to stop; a checkpoint after the epoch's last step begins with the validation."""
     run.clock.train_s = time.perf_counter() - run.clock.started
+    with phase("evaluation"):
+        return _evaluated(run)
+
+
+def _evaluated(run: Run) -> Evaluation:
     release_cache(run.engine.device)
     batch_size = run.plan.eval_batch
     while True:

@@ -196,7 +196,7 @@ def test_other_errors_are_not_mistaken_for_memory() -> None:
 
 
 def test_counting_stops_after_a_few_runs_of_each_kind() -> None:
-    limit = enforce(torch.device("cpu"), Budget(total_bytes=1000), lambda: [])
+    limit = enforce(torch.device("cpu"), Budget(total_bytes=1000), dict)
     assert isinstance(limit, CountedLimit)
     for _ in range(3):
         with pytest.raises(torch.OutOfMemoryError), limit.watch("training"):
