@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.planning.plan import BlockPolicy
 from lowmem.results.run_profile import profile_line, read_run_profile
-from lowmem.training.resume import resume_run
+from lowmem.training.resume import ResumeRequest, resume_run
 from lowmem.training.self_profile import step_times
 from tests.training.conftest import THREADS
 
@@ -35,7 +35,7 @@ def test_a_run_says_where_its_time_and_memory_went(train_run, capsys):
 
 def test_a_resumed_run_keeps_the_epochs_before(train_run):
     run = train_run("a")
-    resume_run(run, vram="1G", data=None, overrides=("schedule.epochs=3",), checkpoint_every="10m")
+    resume_run(ResumeRequest(run=run, overrides=("schedule.epochs=3",)))
     assert [epoch.epoch for epoch in read_run_profile(run / "profile.json").epochs] == [1, 2, 3]
 
 
