@@ -1,9 +1,9 @@
 """The recipe's augmentation: pixels that depend on (seed, epoch, image) alone.
 
 The recipe's order is blur, random resized crop, sharpen, brightness, contrast, saturation, hue, grey, flip. The same pictures
-come cheaper in another order: the crop is folded into one resize, the blur follows it with its sigma scaled, and brightness,
-contrast, saturation and grey are one 3x4 matrix. Hue is true to HSV, by a lookup table for each of the 256 shifts that
-8 bits know.
+come cheaper in another order and in fewer passes: the crop is folded into one resize, the blur follows it with its sigma scaled,
+sharpening is one kernel, brightness and contrast are one table of levels, saturation and grey one matrix; hue is true to HSV
+(colour.py).
 """
 
 import math
@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageStat
+from PIL import Image, ImageFilter, ImageStat
 
+from lowmem.data.colour import hue_shifted
 from lowmem.data.decode import Box, oriented_size, resized_crop
 from lowmem.randomness import generator
 
 CROP_TRIES = 10
 NUM_UNIFORMS = 2 * CROP_TRIES + 12
-SMALLEST_SIGMA = 0.2
-"""A Gaussian narrower than this moves less than 1e-5 of a pixel's weight to its neighbours."""
+SMALLEST_VARIANCE = 0.004
+"""A blur of less moves less than half a level between neighbours that differ by 255."""
+BOX_VARIANCE, MAX_BOXES = 0.55, 2
+"""Square pixels that one pass of a box covers while its three weights look like a Gaussian's; more passes are no longer cheap."""
+SMOOTH = (1, 1, 1, 1, 5, 1, 1, 1, 1)
+"""Pillow's SMOOTH filter."""
 GREY = (0.299, 0.587, 0.114)
 """ITU-R BT.601 luma, as Pillow's "L"."""
-HUE_TABLE_SIZE = 17
+LEVELS = np.arange(256)
 
 
 class AugmentLike(Protocol):
@@ -72,7 +77,7 @@ def augmented(path: Path, recipe: AugmentLike, px: int, draws: Draws) -> np.ndar
         picture = resized_crop(image, box, px, px)
     picture = _blurred(picture, recipe, draws, box, px)
     if draws.sharpen < recipe.sharpen_prob:
-        picture = ImageEnhance.Sharpness(picture).enhance(recipe.sharpen_factor)
+        picture = sharpened(picture, recipe.sharpen_factor)
     picture = _coloured(picture, recipe, draws)
     if draws.flip < recipe.flip_prob:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -105,66 +110,87 @@ def crop_box(width: int, height: int, recipe: AugmentLike, draws: Draws) -> Box:
     return left, top, left + w, top + h
 
 
-def hue_shifted(picture: Image.Image, shift: int) -> Image.Image:
-    """RGB with its hue turned by shift / 256 of the circle."""
-    return picture.filter(_hue_table(shift % 256)) if shift % 256 else picture
+def blurred(picture: Image.Image, sigma: float, scale_x: float, scale_y: float) -> Image.Image:
+    """The picture of a crop that was resized by the scales, as if the photograph had been blurred before.
+
+    A Gaussian sampled at whole pixels has the variance that matters. Up to what one or two passes of a box cover, these do; three
+    passes for wider ones (Pillow's own approximation) cost as much again.
+    """
+    variances = [sampled_variance(sigma) * scale**2 for scale in (scale_x, scale_y)]
+    if max(variances) < SMALLEST_VARIANCE:
+        return picture
+    passes = math.ceil(max(variances) / BOX_VARIANCE)
+    if passes > MAX_BOXES:
+        return picture.filter(ImageFilter.GaussianBlur(tuple(math.sqrt(variance) for variance in variances)))
+    box = ImageFilter.BoxBlur(tuple(_box_radius(variance / passes) for variance in variances))
+    for _ in range(passes):
+        picture = picture.filter(box)
+    return picture
+
+
+@lru_cache(maxsize=4096)
+def sampled_variance(sigma: float) -> float:
+    """Variance of a Gaussian's weights at whole pixels, normalised: what a literal blur of the photograph does."""
+    if sigma > 1:
+        return sigma**2
+    offsets = np.arange(-8, 9, dtype=np.float64)
+    weights = np.exp(-(offsets**2) / (2 * max(sigma, 1e-3) ** 2))
+    return float((offsets**2 * weights).sum() / weights.sum())
+
+
+def sharpened(picture: Image.Image, factor: float) -> Image.Image:
+    """Pillow's sharpness: away from the 3x3 smoothing by `factor`, smoothing and blend as one kernel."""
+    weights = [(1 - factor) * weight / sum(SMOOTH) for weight in SMOOTH]
+    weights[4] += factor
+    return picture.filter(ImageFilter.Kernel((3, 3), weights, scale=1))
+
+
+def with_levels(picture: Image.Image, brightness: float, contrast: float) -> Image.Image:
+    """Brightness, then contrast, as one table of levels: clipped and cut to whole levels after each, as literally."""
+    if (brightness, contrast) == (1, 1):
+        return picture
+    offset = 0.0
+    if contrast != 1:
+        offset = (1 - contrast) * round(min(255.0, brightness * ImageStat.Stat(picture.convert("L")).mean[0]))
+    bright = np.clip(brightness * LEVELS, 0, 255).astype(np.int64)
+    return picture.point(3 * np.clip(contrast * bright + offset, 0, 255).astype(np.int64).tolist())
+
+
+def saturated(picture: Image.Image, saturation: float) -> Image.Image:
+    """Between grey (0), the picture (1) and beyond."""
+    if saturation == 1:
+        return picture
+    if saturation == 0:
+        return picture.convert("L").convert("RGB")
+    red, green, blue = ((1 - saturation) * weight for weight in GREY)
+    s = saturation
+    return picture.convert("RGB", (red + s, green, blue, 0, red, green + s, blue, 0, red, green, blue + s, 0))
+
+
+def _box_radius(variance: float) -> float:
+    """Of the box blur, up to three pixels wide, with this variance."""
+    return variance / (2 * (1 - variance))
 
 
 def _blurred(picture: Image.Image, recipe: AugmentLike, draws: Draws, box: Box, px: int) -> Image.Image:
     if draws.blur >= recipe.blur_prob:
         return picture
     low, high = recipe.blur_sigma
-    sigma = low + draws.sigma * (high - low)
-    radius = (sigma * px / (box[2] - box[0]), sigma * px / (box[3] - box[1]))
-    return picture if max(radius) < SMALLEST_SIGMA else picture.filter(ImageFilter.GaussianBlur(radius))
+    return blurred(picture, low + draws.sigma * (high - low), px / (box[2] - box[0]), px / (box[3] - box[1]))
 
 
 def _coloured(picture: Image.Image, recipe: AugmentLike, draws: Draws) -> Image.Image:
     shift = round((2 * draws.hue - 1) * recipe.hue * 255)
     grey = draws.grey < recipe.grey_prob
-    matrix = _colour_matrix(picture, recipe, draws, grey and not shift)
-    if matrix is not None:
-        picture = picture.convert("RGB", matrix)
-    picture = hue_shifted(picture, shift)
-    return picture.convert("L").convert("RGB") if grey and shift else picture
-
-
-def _colour_matrix(picture: Image.Image, recipe: AugmentLike, draws: Draws, grey: bool) -> tuple[float, ...] | None:
-    """Brightness, contrast, saturation and grey as the 12 coefficients of one matrix; None where nothing changes."""
-    factors = [
+    brightness, contrast, saturation = (
         1 + (2 * u - 1) * strength
         for u, strength in (
             (draws.brightness, recipe.brightness),
             (draws.contrast, recipe.contrast),
             (draws.saturation, recipe.saturation),
         )
-    ]
-    if factors == [1, 1, 1] and not grey:
-        return None
-    brightness, contrast, saturation = factors
-    offset = 0.0
-    if contrast != 1:
-        offset = (1 - contrast) * round(min(255.0, brightness * ImageStat.Stat(picture.convert("L")).mean[0]))
-    luma = np.tile(np.array(GREY), (3, 1))
-    colour = luma if grey else saturation * np.eye(3) + (1 - saturation) * luma
-    rows = np.concatenate([brightness * contrast * colour, np.full((3, 1), offset)], axis=1)
-    return tuple(float(value) for value in rows.reshape(-1))
-
-
-@lru_cache(maxsize=256)
-def _hue_table(shift: int) -> ImageFilter.Color3DLUT:
-    """The hue turn on a grid of RGB, interpolated by Pillow; HSV as in Smith (1978)."""
-    axis = np.linspace(0, 1, HUE_TABLE_SIZE)
-    blue, green, red = np.meshgrid(axis, axis, axis, indexing="ij")
-    rgb = np.stack([red, green, blue], -1).reshape(-1, 3)
-    value, low = rgb.max(1), rgb.min(1)
-    chroma = value - low
-    safe = np.where(chroma == 0, 1, chroma)
-    r, g, b = ((value - rgb[:, channel]) / safe for channel in range(3))
-    hue = np.where(rgb[:, 0] == value, b - g, np.where(rgb[:, 1] == value, 2 + r - b, 4 + g - r)) / 6
-    turned = (hue + shift / 256) % 1
-    channels = []
-    for corner in (5, 3, 1):
-        k = (corner + 6 * turned) % 6
-        channels.append(value - chroma * np.clip(np.minimum(k, 4 - k), 0, 1))
-    return ImageFilter.Color3DLUT(HUE_TABLE_SIZE, np.stack(channels, -1).reshape(-1).tolist())
+    )
+    early_grey = grey and not shift
+    picture = saturated(with_levels(picture, brightness, contrast), 0 if early_grey else saturation)
+    picture = hue_shifted(picture, shift)
+    return saturated(picture, 0) if grey and shift else picture
