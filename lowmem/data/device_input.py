@@ -1,6 +1,7 @@
 """Pixels on the device: copy, normalise, mix, in the plan's memory format.
 
-A uint8 batch [B, H, W, C] seen as [B, C, H, W] is channels_last already, so nothing is rearranged. Axes as in batch.py.
+On CUDA the copy runs on one side stream for the whole run, so that it goes on beside the step before; the main stream waits for it, and
+the copy's memory is marked as used there, or it could be handed out again while the main stream still reads it. A uint8 batch [B, H, W, C] seen as [B, C, H, W] is channels_last already, so nothing is rearranged. Axes as in batch.py.
 """
 
 from dataclasses import dataclass
@@ -35,13 +36,14 @@ class DeviceInput:
     ) -> None:
         self.device, self.mixup, self.seed = device, mixup, seed
         self.channels_last = memory_format == "channels_last"
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.shift_C = torch.tensor([255 * value for value in norm.mean], device=device).view(1, -1, 1, 1)
         self.scale_C = torch.tensor([1 / (255 * value) for value in norm.std], device=device).view(1, -1, 1, 1)
 
     def prepare(self, batch: HostBatch, epoch: int, step: int) -> DeviceBatch:
         """A training batch, mixed where the recipe says so; copies from pinned memory do not block."""
         draw = self._draw(epoch, step, len(batch.labels_B))
-        labels_B = batch.labels_B.to(self.device, non_blocking=True)
+        labels_B = self._fetched(batch.labels_B)
         images_BCHW = self.images(batch.images_BHWC)
         if draw is None:
             return DeviceBatch(images_BCHW, Targets(labels_B))
@@ -54,7 +56,7 @@ class DeviceInput:
         """uint8 [B, H, W, C] in host memory -> float32 [B, C, H, W] on the device, normalised."""
         with host_memory():
             host_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        pixels_BCHW = host_BCHW.to(self.device, non_blocking=True)
+        pixels_BCHW = self._fetched(host_BCHW)
         x_BCHW = pixels_BCHW.float() if self.channels_last else pixels_BCHW.float().contiguous()
         return x_BCHW.sub_(self.shift_C).mul_(self.scale_C)
 
@@ -62,15 +64,23 @@ class DeviceInput:
         """What stays on the device."""
         return self.shift_C, self.scale_C
 
-    def _on_device(self, host: Tensor) -> Tensor:
-        """A copy from pinned memory: one from ordinary memory makes the host wait for the device."""
-        return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
+    def _fetched(self, host: Tensor) -> Tensor:
+        """A tensor of the host on the device, ready for the current stream; from pinned memory nothing waits here."""
+        if self.stream is None:
+            return host.to(self.device)
+        with torch.cuda.stream(self.stream):
+            fetched = host.to(self.device, non_blocking=True)
+        main = torch.cuda.current_stream(self.device)
+        main.wait_stream(self.stream)
+        fetched.record_stream(main)
+        return fetched
 
     def _draw(self, epoch: int, step: int, batch_size: int) -> MixupDraw | None:
         return None if self.mixup is None else draw_mixup(self.mixup, self.seed, epoch, step, batch_size)
 
     def _mixed(self, images_BCHW: Tensor, labels_B: Tensor, draw: MixupDraw) -> DeviceBatch:
-        partner_B = self._on_device(torch.from_numpy(draw.partner_B))
+        host_B = torch.from_numpy(draw.partner_B)
+        partner_B = self._fetched(host_B if self.stream is None else host_B.pin_memory())
         partners_BCHW = images_BCHW[partner_B]
         mixed_BCHW = images_BCHW.mul_(draw.lam).add_(partners_BCHW, alpha=1 - draw.lam)
         return DeviceBatch(mixed_BCHW, Targets(labels_B, labels_B[partner_B], draw.lam))

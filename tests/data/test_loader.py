@@ -184,3 +184,19 @@ def test_device_input_normalises_and_mixes(split, memory_format):
         mixed.images_BCHW, draw.lam * plain_BCHW + (1 - draw.lam) * plain_BCHW[draw.partner_B], atol=1e-5
     )
     assert torch.equal(mixed.targets.partner_labels_B, batch.labels_B[draw.partner_B]) and mixed.targets.lam == draw.lam
+
+
+@pytest.mark.cuda
+def test_on_a_card_many_batches_in_flight_arrive_whole(split):
+    """The copies run beside a busy main stream; each batch is what the CPU makes of it."""
+    card, norm, recipe = torch.device("cuda:0"), Normalisation((0.5,) * 3, (0.2,) * 3), MixupRecipe(prob=0.5)
+    plan = LoaderPlan(kind="processes", workers=2, prefetch_batches=3, pin_memory=True)
+    on_card, on_cpu = (DeviceInput(norm, device, "channels_last", recipe, 3) for device in (card, torch.device("cpu")))
+    busy = torch.randn(2048, 2048, device=card)
+    made, expected = [], []
+    with Loader(split, TrainPixels(split, AUGMENT, 64, 0), 64, 48, plan, shuffle_seed=0) as loader:
+        for step, batch in enumerate(loader.batches(1)):
+            busy = (busy @ busy).clamp(-1, 1)
+            made.append(on_card.prepare(batch, 1, step).images_BCHW.mean((2, 3)))
+            expected.append(on_cpu.prepare(batch, 1, step).images_BCHW.mean((2, 3)))
+    assert all(torch.allclose(a.cpu(), b, atol=1e-4) for a, b in zip(made, expected))
