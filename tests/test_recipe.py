@@ -86,3 +86,9 @@ def test_unknown_keys_in_a_file_are_named(tmp_path):
 
 def test_field_names_are_dotted():
     assert {"optimizer.lr", "model.name", "amp", "seed"} <= set(field_names())
+
+
+def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart").model.name == "tf_efficientnet_lite0"

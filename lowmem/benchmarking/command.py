@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.markup import escape
 
 from lowmem.benchmarking.cases import budgets_meant, devices_meant, rows_for
+from lowmem.benchmarking.compare import compare
+from lowmem.benchmarking.compare_page import calibration_lines, comparison_page, terminal_table
 from lowmem.benchmarking.page import write_bench_report
 from lowmem.benchmarking.result import BenchFile, Row
 from lowmem.benchmarking.rounds import measure_in_turn, visitor_for
@@ -26,6 +28,7 @@ from lowmem.errors import LowmemError
 from lowmem.machine import Machine, describe, this_machine
 from lowmem.memory.housekeeping import freeze_garbage, prepare_allocator, thaw_garbage
 from lowmem.recipe import Recipe, load_recipe
+from lowmem.results.page import write_page
 
 DEFAULT_CLASSES, DEFAULT_IMAGES = 100, 20_700
 CARD_RECIPE, CPU_RECIPE = "seresnextaa101d_32x8d", "quickstart"
@@ -151,3 +154,19 @@ def _out(out: Path | None) -> Path:
 
 def _sayer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def run_compare(files: list[Path], num_images: int | None, devices: str | None, out: Path, console: Console) -> None:
+    """Print the comparison and write its page; raises LowmemError where the files cannot be compared."""
+    if out.suffix != ".html":
+        raise LowmemError(f"--out {out}: the name must end in .html.")
+    others = None if devices is None else [] if devices == "none" else [name.strip() for name in devices.split(",")]
+    with console.status("Predicting the devices that were not measured ..."):
+        found = compare(files, num_images, others)
+    with writing(out, "the report"):
+        page = write_page(comparison_page(found), out)
+    console.print(terminal_table(found))
+    say = _sayer(console)
+    for line in calibration_lines(found):
+        say(line)
+    say(f"Report: {page}")

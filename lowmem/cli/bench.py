@@ -52,3 +52,23 @@ def bench(
 
     request = BenchRequest(recipe, budgets, devices, data, images, minutes, tuple(set_ or ()), out)
     raise typer.Exit(run_bench(request, Console()))
+
+
+@bench_app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of lowmem bench.", show_default=False)],
+    images: Annotated[
+        Optional[int], typer.Option("--images", min=1, help="Images of the epoch. Default: those of the first file.")
+    ] = None,
+    devices: Annotated[
+        Optional[str],
+        typer.Option(
+            "--predict", help="Cards to predict, as in 'T4,H100', or none. Default: every known card that was not run."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The report.")] = Path("bench-compare.html"),
+) -> None:
+    """Set benches of several computers side by side; cards that nobody ran are predicted, and marked so."""
+    from lowmem.benchmarking.command import run_compare
+
+    run_compare(files, images, devices, out, Console())

@@ -76,7 +76,7 @@ def _configs_dir() -> Path:
 
 def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
             raise LowmemError(f"There is no recipe file {name_or_path}. Shipped recipes: {', '.join(recipe_names())}.")
         return path
