@@ -1,4 +1,4 @@
-"""`lowmem predict` and `lowmem evaluate`: a trained classifier on new images, within a memory budget.
+"""`lowmem predict`, and what it shares with `lowmem evaluate`: a trained classifier on new images, within a memory budget.
 
 The batch starts at the largest that is useful and is halved whenever it does not fit; images and results stay in order.
 """
@@ -11,12 +11,11 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
-from lowmem.data.folder import labelled_images, unlabelled_images
+from lowmem.data.folder import unlabelled_images
 from lowmem.data.loader import Loader
 from lowmem.data.pixels import EvalPixels
 from lowmem.data.readable import check_files
@@ -28,7 +27,7 @@ from lowmem.memory.limit import enforce, is_out_of_memory, recover
 from lowmem.planning.devices import device_spec, settle_amp
 from lowmem.planning.plan import Budget, LoaderPlan, Plan
 from lowmem.results.classifier import ClassifierInfo, load_classifier
-from lowmem.results.predictions import Prediction, write_predictions
+from lowmem.results.predictions import Prediction, write_predictions, zip_predictions
 from lowmem.sizes import parse_size
 from lowmem.training.evaluate import Evaluation, evaluate
 from lowmem.training.step import autocast
@@ -68,51 +67,84 @@ def open_classifier(path: Path, vram: str, device: str) -> Classifier:
     return Classifier(model, info, plan, DeviceInput(norm, chosen, plan.memory_format), limit.watch)
 
 
-def predict_to_csv(
-    paths: list[Path], out: Path, top: int, vram: str, device: str, flip: bool, px: int | None, console: Console
-) -> None:
-    """Label the images at the last path with the classifiers at the others, and write a CSV."""
-    if len(paths) < 2:
+@dataclass(frozen=True)
+class PredictRequest:
+    """The options of `lowmem predict`."""
+
+    paths: list[Path]
+    out: Path
+    top: int = 1
+    vram: str = "8G"
+    device: str = "auto"
+    flip: bool = False
+    px: int | None = None
+    zip: bool = False
+
+
+def predict_to_csv(request: PredictRequest, console: Console) -> None:
+    """Label the images at the last path with the classifiers at the others, whose probabilities are averaged, and write a CSV."""
+    *runs, images = request.paths
+    if not runs:
         raise LowmemError("lowmem predict needs a run and images: lowmem predict RUN IMAGES --out predictions.csv.")
-    split, unreadable = _readable(unlabelled_images(paths[-1]))
+    split, unreadable = _readable(unlabelled_images(images))
     totals_NK, classes = None, ()
-    for path in paths[:-1]:
-        classifier = open_classifier(path, vram, device)
-        if totals_NK is not None and classifier.info.classes != classes:
-            raise LowmemError(f"{path} has other classes than {paths[0]}: their probabilities cannot be averaged.")
+    for path in runs:
+        classifier = open_classifier(path, request.vram, request.device)
+        if totals_NK is not None:
+            _refuse_other_classes(runs[0], classes, path, classifier.info.classes)
         classes = classifier.info.classes
-        probabilities_NK = probabilities(classifier, split, px or classifier.info.test_px, flip)
+        px = request.px or classifier.info.test_px
+        probabilities_NK = probabilities(classifier, split, px, request.flip)
         totals_NK = probabilities_NK if totals_NK is None else totals_NK + probabilities_NK
     assert totals_NK is not None
-    predictions = [
-        Prediction(name, classes, row) for name, row in zip(split.names(), (totals_NK / (len(paths) - 1)).numpy())
-    ]
-    write_predictions(out, predictions, [name for name, _ in unreadable], min(top, len(classes)))
+    predictions = [Prediction(name, classes, row) for name, row in zip(split.names(), (totals_NK / len(runs)).numpy())]
+    write_predictions(request.out, predictions, [name for name, _ in unreadable], min(request.top, len(classes)))
     for name, reason in unreadable:
         console.print(f"[yellow]unreadable, no label:[/] {name}: {reason}", highlight=False)
-    console.print(f"{len(predictions)} images labelled: {out}", highlight=False)
+    zipped = f", zipped: {zip_predictions(request.out)}" if request.zip else ""
+    console.print(f"{len(predictions)} images labelled: {request.out}{zipped}", highlight=False)
 
 
-def evaluate_folder(run: Path, data: Path, vram: str, device: str, px: int | None, console: Console) -> Evaluation:
-    """Evaluate a classifier on a folder of class folders and print what comes out."""
-    classifier = open_classifier(run, vram, device)
-    split = labelled_images(data, classifier.info.classes)
-    px = px or classifier.info.test_px
+def _refuse_other_classes(first: Path, classes: tuple[str, ...], path: Path, others: tuple[str, ...]) -> None:
+    """Raises LowmemError naming the first class in which two classifiers part."""
+    if others == classes:
+        return
+    if set(others) == set(classes):
+        place = next(index for index, (a, b) in enumerate(zip(classes, others)) if a != b)
+        how = (
+            f"the same classes in another order (class {place} is {others[place]!r} there and {classes[place]!r} here)"
+        )
+    else:
+        odd = sorted(set(classes) ^ set(others))
+        how = f"other classes ({len(others)} and {len(classes)}; only one has {odd[0]!r})"
+    raise LowmemError(
+        f"{path} and {first} have {how}: their probabilities cannot be averaged. Train both on one data folder."
+    )
+
+
+class Mirrored(nn.Module):
+    """A classifier whose probabilities are averaged over an image and its mirror image; gives their logarithms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        both = (self.model(images_BCHW), self.model(images_BCHW.flip(3)))
+        return (sum(logits_BK.float().softmax(1) for logits_BK in both) / 2).log()
+
+
+def evaluated(classifier: Classifier, split: Split, px: int, flip: bool = False) -> Evaluation:
+    """The classifier's figures on labelled images at one size."""
+    model = Mirrored(classifier.model) if flip else classifier.model
 
     def at(batch_size: int) -> Evaluation:
         with _loader(classifier, split, px, batch_size) as loader:
             return evaluate(
-                classifier.model,
-                loader.batches(),
-                classifier.device_input,
-                classifier.plan,
-                classifier.info.classes,
-                px,
+                model, loader.batches(), classifier.device_input, classifier.plan, classifier.info.classes, px
             )
 
-    evaluation = _fitting(classifier, at)
-    _print_evaluation(evaluation, console)
-    return evaluation
+    return _fitting(classifier, at)
 
 
 def probabilities(classifier: Classifier, split: Split, px: int, flip: bool = False) -> Tensor:
@@ -127,11 +159,9 @@ def probabilities(classifier: Classifier, split: Split, px: int, flip: bool = Fa
 
 def _softmax(classifier: Classifier, batch: HostBatch, flip: bool) -> Tensor:
     images_BCHW = classifier.device_input.images(batch.images_BHWC)
+    model = Mirrored(classifier.model) if flip else classifier.model
     with autocast(classifier.plan):
-        result_BK = classifier.model(images_BCHW).float().softmax(1)
-        if flip:
-            result_BK = (result_BK + classifier.model(images_BCHW.flip(3)).float().softmax(1)) / 2
-    return result_BK
+        return model(images_BCHW).float().softmax(1)
 
 
 def _fitting(classifier: Classifier, at: Callable[[int], Result]) -> Result:
@@ -170,29 +200,3 @@ def _readable(split: Split) -> tuple[Split, list[tuple[str, str]]]:
         raise LowmemError(f"{split.root}: none of the {len(names)} images can be read.")
     kept = packed_split(split.root, (names[index] for index in good), split.labels[good])
     return kept, sorted(reasons.items())
-
-
-def _print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    table = Table(title=f"{evaluation.num_images} images at {evaluation.px} px", show_header=False)
-    rows = (
-        ("accuracy", evaluation.accuracy),
-        ("top-5 accuracy", evaluation.top5),
-        ("macro precision", evaluation.precision),
-        ("macro recall", evaluation.recall),
-        ("macro F1", evaluation.f1),
-        ("loss", evaluation.loss),
-    )
-    for name, value in rows:
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
-    confused = sorted(
-        (
-            (count, truth, guess)
-            for truth, row in enumerate(evaluation.confusion)
-            for guess, count in enumerate(row)
-            if truth != guess and count
-        ),
-        reverse=True,
-    )[:5]
-    for count, truth, guess in confused:
-        console.print(f"  {count} x {evaluation.classes[truth]} taken for {evaluation.classes[guess]}", highlight=False)

@@ -23,6 +23,7 @@ from typing import Any
 from paired import Arm, compared, draw, print_comparison
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
+from summarize import status
 
 from lowmem.errors import LowmemError
 from lowmem.machine import this_machine
@@ -169,7 +170,7 @@ def run(trial: Trial, base: str, chosen: argparse.Namespace) -> None:
     """Train a trial to its end, from where it stands; raises LowmemError where it fails or is another recipe's."""
     if (trial.folder / "recipe.toml").is_file():
         refuse_another_recipe(trial, base)
-        if is_finished(trial.folder):
+        if status(trial.folder) == "finished":
             return
         arguments = ["resume", str(trial.folder)]
     else:
@@ -217,11 +218,6 @@ def refuse_another_recipe(trial: Trial, base: str) -> None:
 def _settled(recipe: Recipe, kept: Recipe) -> Recipe:
     """With the arithmetic that the device has settled."""
     return recipe.model_copy(update={"amp": kept.amp}) if recipe.amp == "auto" else recipe
-
-
-def is_finished(folder: Path) -> bool:
-    events = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    return bool(events) and json.loads(events[-1]).get("event") == "finished"
 
 
 def score(folder: Path, metric: str) -> float:

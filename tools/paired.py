@@ -115,7 +115,7 @@ def _draw_differences(ax: object, arms: list[Arm]) -> None:
         )
     ax.set_yticks(range(len(items)), [f"{item.arm}\nless {item.than}" for item in items])
     ax.set_ylim(len(items) - 0.5, -0.5)
-    ax.set_title(f"differences by seed; mean and {CONFIDENCE:.0%} interval", fontsize=10)
+    ax.set_title(f"differences, mean, {CONFIDENCE:.0%} interval", fontsize=10)
     ax.grid(True, axis="x", alpha=0.25)
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from lowmem.cli.app import app
 from lowmem.cli.options import Device, RunArgument, Vram
 
+Flip = Annotated[bool, typer.Option("--flip", help="Average the probabilities with those of the mirrored image.")]
+
 
 @app.command()
 def predict(
@@ -20,19 +22,22 @@ def predict(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="CSV file to write.")] = Path("predictions.csv"),
+    out: Annotated[Path, typer.Option("--out", help="CSV file to write: image_name, pred_label, probability.")] = Path(
+        "predictions.csv"
+    ),
     top: Annotated[int, typer.Option("--top", min=1, help="Labels per image.")] = 1,
     vram: Vram = "8G",
     device: Device = "auto",
-    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    flip: Flip = False,
+    zip_: Annotated[bool, typer.Option("--zip", help="Also write the CSV zipped, beside it.")] = False,
     px: Annotated[
         Optional[int], typer.Option("--px", min=16, help="Image size. Default: the classifier's test size.")
     ] = None,
 ) -> None:
     """Label images; several runs average their probabilities."""
-    from lowmem.inference import predict_to_csv
+    from lowmem.inference import PredictRequest, predict_to_csv
 
-    predict_to_csv(runs, out, top=top, vram=vram, device=device, flip=flip, px=px, console=Console())
+    predict_to_csv(PredictRequest(runs, out, top, vram, device, flip, px, zip_), Console())
 
 
 @app.command()
@@ -41,9 +46,34 @@ def evaluate(
     data: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of class folders.", show_default=False)],
     vram: Vram = "8G",
     device: Device = "auto",
-    px: Annotated[Optional[int], typer.Option("--px", help="Image size. Default: the classifier's test size.")] = None,
+    px: Annotated[
+        Optional[str],
+        typer.Option("--px", help="Image size, or several: 224,288,320. Default: the classifier's test size."),
+    ] = None,
+    flip: Flip = False,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="Make the best of several sizes the classifier's test size.")
+    ] = False,
 ) -> None:
-    """Accuracy, macro precision, recall, F1, loss and the confusion matrix on labelled images."""
-    from lowmem.inference import evaluate_folder
+    """Accuracy, macro precision, recall, F1, loss and the commonest confusions on labelled images."""
+    from lowmem.assessment import EvaluateRequest, evaluate_folder
 
-    evaluate_folder(run, data, vram=vram, device=device, px=px, console=Console())
+    evaluate_folder(EvaluateRequest(run, data, vram, device, px, flip, choose), Console())
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    onnx: Annotated[bool, typer.Option("--onnx", help="As an ONNX graph (the only format so far).")] = False,
+    px: Annotated[
+        Optional[int], typer.Option("--px", min=16, help="Image size. Default: the classifier's test size.")
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="File to write. Default: RUN/classifier.onnx.")] = None,
+) -> None:
+    """Write a classifier for other runtimes, checked against PyTorch."""
+    from lowmem.errors import LowmemError
+    from lowmem.export import export_onnx
+
+    if not onnx:
+        raise LowmemError("lowmem export: say in which format, as in lowmem export RUN --onnx.")
+    export_onnx(run, out, px, Console())

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from lowmem.disk import REAL_DISK, Disk
+from lowmem.disk import REAL_DISK, Disk, replace_file
 from lowmem.errors import LowmemError
 from lowmem.recipe import Recipe
 
@@ -99,7 +99,7 @@ def _move_into_place(partial: Path, folder: Path, disk: Disk) -> None:
 
 def load_classifier(path: Path) -> tuple[nn.Module, ClassifierInfo]:
     """The classifier of a run folder or of a classifier folder, on the CPU, in evaluation mode; raises LowmemError."""
-    folder = path / "classifier" if (path / "classifier").is_dir() else path
+    folder = classifier_folder(path)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise LowmemError(
             f"{path}: holds no classifier ({CONFIG} and {WEIGHTS}). Give the folder of a run that finished an epoch, or its classifier/."
@@ -122,6 +122,22 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierInfo]:
             f"{folder}: damaged classifier: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}."
         ) from error
     return model.eval(), info
+
+
+def set_test_px(path: Path, px: int) -> None:
+    """Make `px` the test size of the classifier of a run folder or of a classifier folder."""
+    config_path = classifier_folder(path) / CONFIG
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["pretrained_cfg"]["test_input_size"] = [3, px, px]
+    try:
+        replace_file(config_path, json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise LowmemError(f"{config_path}: cannot be written: {error.strerror}.") from None
+
+
+def classifier_folder(path: Path) -> Path:
+    """Of a run or the classifier folder itself."""
+    return path / "classifier" if (path / "classifier").is_dir() else path
 
 
 def _make_contiguous(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:

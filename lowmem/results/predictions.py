@@ -1,6 +1,12 @@
-"""Predictions as the CSV that a contest asks for: image_name, pred_label, probability."""
+"""Predictions as the CSV that a contest asks for.
+
+UTF-8, comma-separated, one header line: `image_name` (the path under the images' folder, with /), `pred_label` (the class's name),
+`probability` (6 decimals); with --top N also `pred_label_2`, `probability_2`, ... in falling order. Rows are in the order of the names
+(numbers by value); an image that cannot be read comes last, with empty cells.
+"""
 
 import csv
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,3 +43,16 @@ def write_predictions(path: Path, predictions: list[Prediction], unreadable: lis
             writer.writerows([name] + [""] * (2 * top) for name in unreadable)
     except OSError as error:
         raise LowmemError(f"--out {path}: cannot be written: {error.strerror}.") from None
+
+
+def zip_predictions(path: Path) -> Path:
+    """The CSV as the only file of an archive beside it, for contests that take their submissions zipped; the same bytes each time."""
+    archive = path.with_suffix(".zip")
+    try:
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            entry = zipfile.ZipInfo(path.name)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            file.writestr(entry, path.read_bytes())
+    except OSError as error:
+        raise LowmemError(f"{archive}: cannot be written: {error.strerror}.") from None
+    return archive
