@@ -133,12 +133,16 @@ def test_classifiers_of_other_classes_are_not_averaged(
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_an_export_gives_pytorchs_logits(classifier: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxscript")
+    return export_onnx(classifier, tmp_path_factory.mktemp("exported") / "a.onnx", 96, quiet())
+
+
+def test_an_export_gives_pytorchs_logits(classifier: Path, exported: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    path = export_onnx(classifier, tmp_path / "a.onnx", 96, quiet())
-    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [file.name for file in exported.parent.iterdir()] == ["a.onnx"]
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     images_BCHW = torch.randn(7, 3, 96, 96)
     model, info = load_classifier(classifier)
     with torch.inference_mode():
@@ -151,19 +155,16 @@ def test_an_export_gives_pytorchs_logits(classifier: Path, tmp_path: Path) -> No
 
 
 def test_an_export_that_differs_is_an_error_and_is_not_kept(
-    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxscript")
-    write = exporting._write
-
-    def spoilt(model: torch.nn.Module, *arguments: object) -> None:
-        write(model, *arguments)
+    def spoilt(model: torch.nn.Module, info: object, px: int, path: Path) -> None:
+        shutil.copy(exported, path)
         with torch.no_grad():
             model.get_classifier().bias[0] += 0.05
 
     monkeypatch.setattr(exporting, "_write", spoilt)
     with pytest.raises(LowmemError, match="differ from PyTorch's"):
-        export_onnx(classifier, tmp_path / "a.onnx", None, quiet())
+        export_onnx(classifier, tmp_path / "a.onnx", 96, quiet())
     assert list(tmp_path.iterdir()) == []
 
 

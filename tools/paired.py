@@ -54,7 +54,8 @@ def compared(arms: list[Arm]) -> list[Comparison]:
 
 
 def print_comparison(question: str, metric: str, arms: list[Arm], console: Console) -> None:
-    table = Table(title=f"{question}\n{metric}, n = {len(arms[0].scores)} seeds", box=SIMPLE_HEAD, title_justify="left")
+    console.print(f"[bold]{question}[/]\nValidation {metric}, n = {len(arms[0].scores)} seeds", soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD)
     for head in ("arm", "mean", "sd", "lowest", "highest"):
         table.add_column(head, justify="left" if head == "arm" else "right")
     for arm in arms:
