@@ -6,6 +6,7 @@ cannot run backward without a card.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,17 +62,21 @@ class StepTrace:
 
 
 class StepRecorder(MemoryMeter):
-    """A meter that also notes what each operation costs."""
+    """A meter that also notes what each operation costs; `scratch` says what its kernel allocates and frees again, where that
+    is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Callable[[OpCost], int] | None = None) -> None:
         super().__init__(record=True)
         self.ops: list[OpCost] = []
+        self.scratch = scratch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         cost = op_cost(func, args, kwargs, result)
         if cost is not None:
             self.ops.append(cost)
+            if self.scratch is not None:
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes + self.scratch(cost))
         return result
 
 
@@ -117,9 +122,11 @@ def optimizer_bytes(named: dict[str, Any], placement: Placement) -> int:
     return num_steps + 4 * sum(staging_sizes(named))
 
 
-def trace_step(network: FakeNetwork, plan: Plan, recipe: Recipe) -> StepTrace:
+def trace_step(
+    network: FakeNetwork, plan: Plan, recipe: Recipe, scratch: Callable[[OpCost], int] | None = None
+) -> StepTrace:
     """Trace the first and the last forward pass of a step under a plan; that is where a step's peak lies."""
-    meter = StepRecorder()
+    meter = StepRecorder(scratch)
     with network.fake():
         network.training_mode()
         handle = apply_policies(network.model, plan.blocks)
