@@ -77,6 +77,7 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "selective, half dropped": ("dropped", "device"),
     "full": ("full", "device"),
     "offload": ("offload", "device"),
+    "offload of a part": ("offload_part", "device"),
     "selective + offload": ("selective_offload", "device"),
     "none, host optimizer": ("none", "host"),
     "selective + offload, host optimizer": ("selective_offload", "host"),
@@ -271,6 +272,8 @@ def policies(facts: dict[str, BlockFacts], kind: str) -> dict[str, BlockPolicy]:
         return {}
     if kind == "offload":
         return dict.fromkeys(facts, BlockPolicy(host="all"))
+    if kind == "offload_part":
+        return dict.fromkeys(facts, BlockPolicy(host=tuple(range(1, 64, 2))))
     usable = {path: fact for path, fact in facts.items() if fact.recomputable}
     if kind == "full":
         return dict.fromkeys(usable, BlockPolicy(recompute="full"))
