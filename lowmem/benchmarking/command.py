@@ -8,6 +8,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from lowmem.benchmarking.compare import compare
 from lowmem.benchmarking.compare_page import calibration_lines, comparison_page, terminal_table
 from lowmem.benchmarking.page import write_bench_report
 from lowmem.benchmarking.result import BenchFile, Row
-from lowmem.benchmarking.rounds import measure_in_turn, visitor_for
+from lowmem.benchmarking.rounds import in_fresh_process, measure_in_turn, visitor_for
 from lowmem.benchmarking.station import Work
 from lowmem.benchmarking.table import bench_table
 from lowmem.data.folder import embedded_images, open_dataset
@@ -60,9 +61,7 @@ def run_bench(request: BenchRequest, console: Console) -> int:
     machine, out = this_machine(), _out(request.out)
     say = _sayer(console)
     say(f"{recipe.model.name}, batch {recipe.batch.size} at {recipe.data.train_px} px, on {describe(machine)}")
-    rows = [
-        row for device in devices for row in rows_for(recipe, device, machine, budgets, work.num_classes, num_images)
-    ]
+    rows = [row for device in devices for row in _rows(recipe, device, machine, budgets, work.num_classes, num_images)]
     bench = _bench_file(machine, recipe_name, recipe, work, data, num_images, rows)
     bench, stopped = _measured(bench, work, deadline, out, console)
     page = write_bench_report(out)
@@ -72,6 +71,13 @@ def run_bench(request: BenchRequest, console: Console) -> int:
         say("Stopped before every time was stable; the file has what was measured.")
         return EXIT_STOPPED
     return 0 if any(row.outcome == "measured" for row in bench.rows) else EXIT_NOTHING
+
+
+def _rows(recipe: Recipe, device: torch.device, *rest: Any) -> list[Row]:
+    """Planning asks a card what is free, which takes a context: on the card, that is a process of its own."""
+    return (
+        rows_for(recipe, device, *rest) if device.type == "cpu" else in_fresh_process(rows_for, recipe, device, *rest)
+    )
 
 
 def _measured(bench: BenchFile, work: Work, deadline: float, out: Path, console: Console) -> tuple[BenchFile, bool]:

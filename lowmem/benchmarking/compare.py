@@ -199,9 +199,16 @@ def _ratios(
 
 def _others(entries: Sequence[Entry], names: Sequence[str] | None) -> list[DeviceSpec]:
     if names is not None:
-        return [device_by_name(name) for name in names]
+        return [_named(name) for name in names]
     measured = {spec.name for spec in _measured_specs(entries).values()}
     return [spec for spec in known_devices() if spec.kind == "cuda" and spec.name not in measured]
+
+
+def _named(name: str) -> DeviceSpec:
+    try:
+        return device_by_name(name)
+    except LowmemError as error:
+        raise LowmemError(str(error).replace("--device", "--predict", 1)) from None
 
 
 def _predicted(bench: BenchFile, spec: DeviceSpec, entries: Sequence[Entry], calibration: Calibration) -> list[Entry]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import psutil
 
@@ -22,6 +22,7 @@ from lowmem.memory.limit import is_out_of_memory
 from lowmem.planning.plan import Plan
 from lowmem.training.engine import OutOfBudgetError
 
+Result = TypeVar("Result")
 MOST_ROUNDS = 25
 SIDE_BY_SIDE_FRAC = 0.5
 """Share of the free host memory that stations which are open at once may take."""
@@ -70,11 +71,16 @@ class FreshProcesses:
         self.work = work
 
     def visit(self, plan: Plan) -> Visit:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            return process.submit(_visit_once, self.work, plan).result()
+        return in_fresh_process(_visit_once, self.work, plan)
 
     def close(self) -> None:
         """Nothing is left open."""
+
+
+def in_fresh_process(work: Callable[..., Result], *arguments: object) -> Result:
+    """What a function of a module returns in a process of its own, which leaves no CUDA context behind."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
 
 
 def visitor_for(work: Work, rows: list[Row]) -> Visitor:
