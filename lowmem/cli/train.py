@@ -34,6 +34,12 @@ def train(
     plan: Annotated[Optional[Path], typer.Option("--plan", help="Follow this plan.json instead of planning.")] = None,
     allow: Allow = "rounding",
     checkpoint_every: CheckpointEvery = "10m",
+    loader: Annotated[
+        str, typer.Option("--loader", help="Who loads images: auto, inline, threads or processes.")
+    ] = "auto",
+    workers: Annotated[
+        Optional[int], typer.Option("--workers", help="How many; by default as many as it takes.")
+    ] = None,
 ) -> None:
     """Train a recipe on your images within a memory budget. Ctrl-C stops after the running step, with a checkpoint: exit code 130."""
     from lowmem.training.start import TrainRequest, train_new_run
@@ -49,6 +55,8 @@ def train(
         plan_file=plan,
         allow=allow,
         checkpoint_every=checkpoint_every,
+        loader=loader,
+        workers=workers,
     )
     raise typer.Exit(train_new_run(request))
 

@@ -4,8 +4,9 @@ The order of an epoch and every pixel are functions of (seed, epoch, index), so 
 of any kind give the same stream.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -14,10 +15,44 @@ import torch
 from lowmem.data.batch import HostBatch
 from lowmem.data.pixels import Pixels
 from lowmem.data.split import Split
-from lowmem.data.workers import Job, Order, Workers, open_workers
+from lowmem.data.workers import Job, Order, Tell, Workers, open_workers
 from lowmem.memory.meter import host_memory
 from lowmem.planning.plan import LoaderPlan
 from lowmem.randomness import generator
+
+LOOK_EVERY_BATCHES = 10
+WAITED_FRAC = 0.02
+"""More waiting than this is worth a worker more."""
+
+
+class Waiting:
+    """Context: the share of time in which batches were waited for; a training loader adds workers for it up to a limit, which changes
+    no image and no order."""
+
+    def __init__(self, max_workers: int, tell: Tell, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.max_workers, self.tell, self.clock = max_workers, tell, clock
+        self.num_batches, self.waited_s = 0, 0.0
+        self.since = self.began = clock()
+
+    def __enter__(self) -> None:
+        self.began = self.clock()
+
+    def __exit__(self, *_: object) -> None:
+        self.waited_s += self.clock() - self.began
+        self.num_batches += 1
+
+    def consider(self, workers: Workers) -> None:
+        """After a step: look every few batches. The first stretch holds the start of workers and device, and is passed over."""
+        if self.num_batches % LOOK_EVERY_BATCHES or workers.num_workers >= self.max_workers:
+            return
+        now = self.clock()
+        waited_frac = self.waited_s / max(now - self.since, 1e-9)
+        self.waited_s, self.since = 0.0, now
+        if self.num_batches > LOOK_EVERY_BATCHES and waited_frac > WAITED_FRAC:
+            workers.add()
+            self.tell(
+                f"The device waited for images {waited_frac:.0%} of the time: {workers.num_workers} workers from here on."
+            )
 
 
 def train_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
@@ -44,11 +79,14 @@ class Loader:
         workers: Workers | None = None,
         rank: int = 0,
         num_ranks: int = 1,
+        tell: Tell = lambda text: None,
     ) -> None:
         self.split, self.px, self.batch_size, self.plan = split, px, batch_size, plan
         self.shuffle_seed, self.rank, self.num_ranks = shuffle_seed, rank, num_ranks
         self.owns_workers = workers is None
         self.workers = open_workers(plan, [pixels]) if workers is None else workers
+        limit = plan.max_workers if shuffle_seed is not None else 0
+        self.waiting = Waiting(limit, tell)
         self.source = next(number for number, known in enumerate(self.workers.sources) if known is pixels)
 
     def __enter__(self) -> "Loader":
@@ -78,7 +116,10 @@ class Loader:
                     ahead.append((indices_B, self.workers.start(Order(self.source, epoch, indices_B, self.px))))
                 if not ahead:
                     return
-                yield self._finish(*ahead.popleft())
+                with self.waiting:
+                    batch = self._finish(*ahead.popleft())
+                yield batch
+                self.waiting.consider(self.workers)
         finally:
             for _, job in ahead:
                 job.cancel()

@@ -151,6 +151,12 @@ class ProcessWorkers:
                 if not job.num_open:
                     self._release(job)
 
+    def add(self) -> None:
+        with self.changed:
+            self.num_workers += 1
+            self.workers.append(self._new_worker(self.num_workers))
+            self._hand_out()
+
     def close(self) -> None:
         with self.changed:
             self.closing = True

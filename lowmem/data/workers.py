@@ -53,8 +53,12 @@ class Workers(Protocol):
 
     sources: Sequence[Pixels]
     parallel: bool
+    num_workers: int
 
     def start(self, order: Order) -> Job: ...
+
+    def add(self) -> None:
+        """One worker more, from the next order on."""
 
     def close(self) -> None: ...
 
@@ -104,6 +108,7 @@ class InlineWorkers:
     """Makes a batch when it is asked for, in the caller's thread."""
 
     parallel = False
+    num_workers = 0
 
     def __init__(self, sources: Sequence[Pixels], pin_memory: bool) -> None:
         self.sources, self.pin_memory = sources, pin_memory
@@ -114,6 +119,9 @@ class InlineWorkers:
         for row, index in enumerate(order.indices_B):
             fill(rows, row, self.sources[order.source], order.epoch, int(index))
         return ReadyJob(images_BHWC)
+
+    def add(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -156,6 +164,7 @@ class ThreadWorkers:
 
     def __init__(self, sources: Sequence[Pixels], num_workers: int, pin_memory: bool, tell: Tell) -> None:
         self.sources, self.pin_memory, self.tell = sources, pin_memory, tell
+        self.num_workers = num_workers
         self.pool = ThreadPoolExecutor(num_workers, thread_name_prefix="lowmem-loader")
 
     def start(self, order: Order) -> Job:
@@ -166,6 +175,12 @@ class ThreadWorkers:
             for row, index in enumerate(order.indices_B)
         ]
         return ThreadJob(images_BHWC, source, order.indices_B, futures, self.tell)
+
+    def add(self) -> None:
+        """A wider pool takes the next orders; the old one ends with its own."""
+        self.pool.shutdown(wait=False)
+        self.num_workers += 1
+        self.pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="lowmem-loader")
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

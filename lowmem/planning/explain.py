@@ -22,11 +22,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  predicted peak {format_size(plan.prediction.peak.total)}: {', '.join(parts)}")
         lines += _time_lines(plan)
     lines += [f"  {reason}" for reason in plan.reasons]
-    workers = (
-        f"{plan.loader.workers} loader thread{'s' if plan.loader.workers != 1 else ''}"
-        if plan.loader.kind == "threads"
-        else "images loaded in line"
-    )
+    workers = plan.loader.in_words
     threads = f", {plan.loader.torch_threads} threads for torch" if plan.loader.torch_threads else ""
     lines.append(f"  {workers}{threads}, evaluation in batches of up to {plan.eval_batch}")
     return lines

@@ -111,11 +111,21 @@ class LoaderPlan(Frozen):
 
     kind: Literal["inline", "threads", "processes"] = "threads"
     workers: Annotated[int, Field(ge=0)] = 2
+    max_workers: Annotated[int, Field(ge=0)] = 0
+    """Up to how many workers are added while the device waits for images; 0: none."""
     prefetch_batches: Count = 2
     """Batches ready or in the making, over all workers."""
     pin_memory: bool = False
     torch_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch's own kernels on the CPU; 0 leaves torch's choice."""
+
+    @property
+    def in_words(self) -> str:
+        if self.kind == "inline" or not self.workers:
+            return "Images loaded in line"
+        what = "thread" if self.kind == "threads" else "process"
+        plural = "" if self.workers == 1 else "s" if self.kind == "threads" else "es"
+        return f"{self.workers} loader {what}{plural}"
 
 
 class Prediction(Frozen):

@@ -20,6 +20,7 @@ from lowmem.memory.housekeeping import freeze_garbage, prepare_allocator, thaw_g
 from lowmem.memory.pressure import Diagnosis, PressureWatch, SystemReader
 from lowmem.planning.devices import DeviceSpec, device_spec, settle_amp
 from lowmem.planning.explain import plan_lines
+from lowmem.planning.loading import check_wish, image_seconds, loader_for, within_ram
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
 from lowmem.progress import Progress, open_progress
@@ -58,12 +59,15 @@ class TrainRequest:
     plan_file: Path | None = None
     allow: str = "rounding"
     checkpoint_every: str = "10m"
+    loader: str = "auto"
+    workers: int | None = None
 
 
 def train_new_run(request: TrainRequest) -> int:
     """Plan and train; returns the exit code. Raises LowmemError before the first step where anything is wrong."""
     prepare_allocator()
     cadence = parse_cadence(request.checkpoint_every)
+    check_wish(request.loader, request.workers)
     recipe = load_recipe(request.recipe, request.overrides)
     device = choose_device(request.device)
     spec = device_spec(device)
@@ -136,7 +140,7 @@ def plan_for(
     if request.plan_file is not None:
         return load_plan(request.plan_file)
     ram = parse_size(request.ram) if request.ram else None
-    return make_plan(
+    plan = make_plan(
         recipe,
         spec,
         str(device),
@@ -148,6 +152,11 @@ def plan_for(
         measure=True,
         say=say,
     )
+    pixels = TrainPixels(dataset.train, recipe.augment, recipe.data.train_px, recipe.seed)
+    image_s = image_seconds(pixels, len(dataset.train))
+    loader, why = loader_for(plan, recipe, spec, image_s, request.loader, request.workers)
+    plan = plan.model_copy(update={"loader": loader, "reasons": (*plan.reasons, why)})
+    return plan if ram is None else within_ram(plan, recipe, ram)
 
 
 def assemble(
@@ -190,6 +199,7 @@ def assemble(
             plan.loader,
             recipe.seed,
             workers=workers,
+            tell=tell,
         ),
         val_loader=Loader(dataset.val, val_pixels, data.val_px, plan.eval_batch, plan.loader, workers=workers),
         device_input=DeviceInput(norm, engine.device, plan.memory_format, recipe.mixup, recipe.seed),
