@@ -8,6 +8,7 @@ from lowmem.benchmarking.page import write_bench_report
 from lowmem.benchmarking.result import is_bench_file
 from lowmem.disk import writing
 from lowmem.errors import LowmemError
+from lowmem.profiling.page import is_profile_folder, write_profile_report
 from lowmem.results.report import write_report
 
 
@@ -22,6 +23,7 @@ class Report:
 
 REPORTS = (
     Report("a run folder", lambda path: (path / "recipe.toml").is_file(), write_report),
+    Report("a profile's folder", is_profile_folder, write_profile_report),
     Report("a file of lowmem bench", is_bench_file, write_bench_report),
 )
 """In the order in which they are asked."""

@@ -32,6 +32,9 @@ def train(
     set_: Set = None,
     weights: Weights = None,
     plan: Annotated[Optional[Path], typer.Option("--plan", help="Follow this plan.json instead of planning.")] = None,
+    profile: Annotated[
+        Optional[Path], typer.Option("--profile", help="Follow what lowmem profile chose, its budget included: its folder.")
+    ] = None,
     allow: Allow = "rounding",
     checkpoint_every: CheckpointEvery = "10m",
     loader: Annotated[
@@ -53,6 +56,7 @@ def train(
         out=out,
         overrides=overrides(set_, weights),
         plan_file=plan,
+        profile=profile,
         allow=allow,
         checkpoint_every=checkpoint_every,
         loader=loader,

@@ -19,7 +19,7 @@ from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
 from lowmem.memory.host_optimizer import staging_sizes
-from lowmem.memory.meter import MemoryMeter, host_memory
+from lowmem.memory.meter import MemoryMeter, Timeline, host_memory
 from lowmem.planning.cost import OpCost, op_cost
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import MemoryBreakdown, Placement, Plan
@@ -59,6 +59,9 @@ class StepTrace:
     num_forward_ops: int
     """The first of `ops`, up to the first block's backward pass."""
     host_bytes: int
+    timeline: Timeline
+    num_timeline_events: int
+    """Of the step; what the timeline saw later is the end of the fake tensors themselves."""
 
 
 class StepRecorder(MemoryMeter):
@@ -225,6 +228,8 @@ class _BlockWatch:
             self.meter.ops,
             self.num_forward_ops or len(self.meter.ops),
             host_bytes,
+            timeline,
+            timeline.clock,
         )
 
     def _mark(self, following: tuple[str, str] | None) -> None:

@@ -23,6 +23,7 @@ from lowmem.planning.explain import plan_lines
 from lowmem.planning.loading import check_wish, image_seconds, loader_for, within_ram
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
+from lowmem.profiling.result import plan_of_profile
 from lowmem.progress import Progress, open_progress
 from lowmem.recipe import Recipe, load_recipe
 from lowmem.results.classifier import classifier_info
@@ -57,6 +58,7 @@ class TrainRequest:
     out: Path | None = None
     overrides: tuple[str, ...] = ()
     plan_file: Path | None = None
+    profile: Path | None = None
     allow: str = "rounding"
     checkpoint_every: str = "10m"
     loader: str = "auto"
@@ -137,6 +139,10 @@ def plan_for(
     dataset: Dataset,
     say: Callable[[str], None] = lambda text: None,
 ) -> Plan:
+    if request.plan_file is not None and request.profile is not None:
+        raise LowmemError("--plan and --profile both name a plan: give one of them.")
+    if request.profile is not None:
+        return plan_of_profile(request.profile, recipe, str(device), spec.name, dataset)
     if request.plan_file is not None:
         return load_plan(request.plan_file)
     ram = parse_size(request.ram) if request.ram else None
