@@ -62,7 +62,7 @@ def _time_lines(plan: Plan) -> list[str]:
     if prediction.step_s is None or prediction.epoch_s is None or not prediction.baseline_step_s:
         return []
     overhead = prediction.step_s / prediction.baseline_step_s - 1
-    source = {"roofline": "a roofline from the data sheet", "measured": "block times measured here", "none": ""}[
+    source = {"roofline": "a roofline from the data sheet", "measured": "block times measured here", "profile": "steps measured here by lowmem profile", "none": ""}[
         prediction.time_source
     ]
     cost = f", {overhead:+.1%} over the unconstrained step" if abs(overhead) > 5e-4 else ""

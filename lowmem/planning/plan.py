@@ -137,7 +137,7 @@ class Prediction(Frozen):
     epoch_s: float | None = None
     baseline_step_s: float | None = None
     """Predicted step time of the same recipe with nothing recomputed, offloaded or moved."""
-    time_source: Literal["measured", "roofline", "none"] = "none"
+    time_source: Literal["profile", "measured", "roofline", "none"] = "none"
 
 
 class Plan(Frozen):

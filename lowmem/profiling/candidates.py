@@ -46,8 +46,9 @@ def loader_plans(base: LoaderPlan) -> list[LoaderPlan]:
     """In the process, threads and processes, up to as many as there are cores; more prefetch with the most threads."""
     counts = [count for count in WORKER_COUNTS if count <= usable_cores()]
     plans = [base.model_copy(update={"kind": "inline", "workers": 0})]
-    for kind in ("threads", "processes"):
-        plans += [base.model_copy(update={"kind": kind, "workers": n, "prefetch_batches": 2}) for n in counts]
+    for n in counts:
+        changes = {"workers": n, "prefetch_batches": 2}
+        plans += [base.model_copy(update={"kind": kind} | changes) for kind in ("threads", "processes")]
     last = {"kind": "threads", "workers": counts[-1], "prefetch_batches": PREFETCH[-1]}
     return [*plans, base.model_copy(update=last)]
 

@@ -33,6 +33,8 @@ from lowmem.training.start import open_data
 
 PLANS_SHARE, LOADERS_SHARE = 0.45, 0.75
 """Shares of the time after which the plans, and the workers alone, have to be done."""
+FEWEST_LOADERS = 3
+"""Measured whatever the time says: in line, a thread, a process."""
 EXIT_DONE, EXIT_STOPPED = 0, 130
 
 
@@ -108,6 +110,9 @@ class Profiling:
         plans = loader_plans(self.profile.plans[0].plan.loader)
         each_s = max(1.0, (self._deadline(LOADERS_SHARE) - time.monotonic()) / len(plans) - 2.0)
         for number, loader in enumerate(plans):
+            if number >= FEWEST_LOADERS and time.monotonic() > self._deadline(LOADERS_SHARE):
+                self._say(f"no time left for the other {len(plans) - number} ways of loading; give more --minutes")
+                break
             self._say(f"loading alone, {number + 1} of {len(plans)}: {loader_name(loader)}")
             case = measure_loader(self.dataset.train, self.recipe, loader, min(each_s, 8.0))
             self.change(loaders=(*self.profile.loaders, case))
@@ -129,7 +134,7 @@ class Profiling:
             joint = best_loader(self.profile.joint, self.device.type == "cuda", free)
             plan = chosen_plan(best, joint, self.profile.num_train, self.recipe.batch.size)
             told = sentences(best, self.profile.plans, joint, self.profile.joint)
-            told += _budget_warning(joint, self.profile, free)
+            told += _budget_warning(joint, self.profile, free) + _doubt(self.profile)
             self.change(chosen=plan, sentences=tuple(told))
             with writing(self.folder, "the plan"):
                 plan.save(self.folder / "plan.json")
@@ -223,6 +228,17 @@ def _budget_warning(joint: JointCase | None, profile: ProfileFile, free_bytes: i
     return [
         f"--ram {format_size(profile.ram_bytes)} leaves {format_size(max(0, free_bytes))} for loading, less than any way of loading takes; "
         "the plan keeps its own loader. Give a larger --ram."
+    ]
+
+
+def _doubt(profile: ProfileFile) -> list[str]:
+    cases = [case for case in (*profile.plans, *profile.joint) if not case.failure]
+    unstable = [case for case in cases if not case.is_stable]
+    if not unstable:
+        return []
+    fewest = min(len(case.rounds_s) for case in cases)
+    return [
+        f"{len(unstable)} of {len(cases)} figures were not stable yet (the fewest rounds: {fewest}); more --minutes, or a quieter machine, would settle them."
     ]
 
 

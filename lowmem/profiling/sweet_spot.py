@@ -64,7 +64,7 @@ def chosen_plan(case: PlanCase, joint: JointCase | None, num_train: int, batch_s
     step_s = joint.step.median if joint else case.step.median
     prediction = case.plan.prediction or Prediction(peak={})
     prediction = prediction.model_copy(
-        update={"step_s": step_s, "epoch_s": step_s * max(1, num_train // batch_size), "time_source": "measured"}
+        update={"step_s": step_s, "baseline_step_s": step_s, "epoch_s": step_s * max(1, num_train // batch_size), "time_source": "profile"}
     )
     changes: dict[str, object] = {"prediction": prediction}
     if joint is not None:

@@ -11,6 +11,8 @@ from lowmem.results.history import EpochRow, read_history
 from lowmem.results.measured import measured_section
 from lowmem.results.page import Cards, Drawing, Figures, Lines, Page, Section, Table, write_page
 from lowmem.results.plots import run_panels
+from lowmem.results.profile_section import profile_section
+from lowmem.results.run_profile import RunProfile, read_run_profile
 from lowmem.sizes import format_size
 from lowmem.training.evaluate import Evaluation, read_evaluation
 
@@ -27,6 +29,7 @@ class RunResult:
     plan: Plan | None
     machine: dict[str, Any] | None
     recipe_text: str
+    profile: RunProfile | None = None
 
 
 def write_report(run_folder: Path) -> Path:
@@ -45,6 +48,7 @@ def read_run(folder: Path) -> RunResult:
         plan=found("plan.json", load_plan),
         machine=found("machine.json", lambda path: json.loads(path.read_text(encoding="utf-8"))),
         recipe_text=found("recipe.toml", lambda path: path.read_text(encoding="utf-8")) or "",
+        profile=found("profile.json", read_run_profile),
     )
 
 
@@ -56,6 +60,7 @@ def run_page(run: RunResult) -> Page:
             _scores(run.evaluation),
             _figures(run),
             _cost(run),
+            profile_section(run.profile),
             Section("The plan in words", Lines(plan_lines(run.plan))) if run.plan else Section("The plan in words"),
             _epochs(run.history),
             measured_section(run.machine, _counts(run)),

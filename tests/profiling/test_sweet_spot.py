@@ -60,5 +60,5 @@ def test_what_lies_on_either_side_is_told() -> None:
     assert "One lower (1 thread): +4.0 % time, 3.0 % waiting, 10.0 MiB less host memory" in told
     assert "One higher (4 threads): +0.0 % time, 0.2 % waiting, 30.0 MiB more host memory" in told
     plan = chosen_plan(case, LOADERS[2], num_train=1000, batch_size=10)
-    assert plan.loader.workers == 2 and plan.prediction.time_source == "measured"
+    assert plan.loader.workers == 2 and plan.prediction.time_source == "profile"
     assert plan.prediction.epoch_s == pytest.approx(10.0)
