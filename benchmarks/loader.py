@@ -22,7 +22,7 @@ from pathlib import Path
 PX, BATCH = 224, 32
 SIZES = {"small": (500, 375), "large": (2000, 1500)}
 NUM_PHOTOS = {"small": 32, "large": 16}
-PER_ROUND = {"small": 48, "large": 10}
+PER_ROUND = {"small": 24, "large": 4}
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--simd", help="an interpreter with pillow-simd, numpy and lowmem's worker modules")
     options.add_argument("--dali", help="an interpreter with nvidia-dali")
+    options.add_argument("--no-loaders", action="store_true", help="one core only")
     options.add_argument("--serve", help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -55,7 +56,7 @@ def measured(scratch: Path, chosen: argparse.Namespace) -> dict[str, object]:
         "rounds": chosen.rounds,
         "photographs": {name: {"px": SIZES[name], "quality": 90, "n": NUM_PHOTOS[name]} for name in SIZES},
         "one_core": {size: one_core(scratch / size, size, chosen) for size in SIZES},
-        "loaders": loaders(scratch / "small", chosen.rounds),
+        "loaders": {} if chosen.no_loaders else loaders(scratch / "small", chosen.rounds),
     }
 
 

@@ -51,14 +51,23 @@ def main() -> int:
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/monotone.json"))
     options.add_argument("--budgets", type=int, default=200)
     chosen = options.parse_args()
-    report: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": this_machine().model_dump(), "cases": []}
+    report: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": this_machine().model_dump(),
+        "cases": [],
+    }
     for name, overrides in CASES:
         recipe = load_recipe(name, (*overrides, "model.weights=none"))
         # A card of the speed of a 4060 laptop with 24 GiB, so that every budget can be asked for.
         spec = device_by_name("RTX 4060 laptop").model_copy(update={"memory_gib": HIGHEST_GIB})
         case = judged(points_of(recipe, spec, chosen.budgets))
-        print(f"{recipe.model.name}, batch {recipe.batch.size}: " + ", ".join(f"{k} {v}" for k, v in case.items() if k != "points"))
-        report["cases"].append({"model": recipe.model.name, "batch": recipe.batch.size, "px": recipe.data.train_px} | case)
+        print(
+            f"{recipe.model.name}, batch {recipe.batch.size}: "
+            + ", ".join(f"{k} {v}" for k, v in case.items() if k != "points")
+        )
+        report["cases"].append(
+            {"model": recipe.model.name, "batch": recipe.batch.size, "px": recipe.data.train_px} | case
+        )
     chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(not all(case["holds"] for case in report["cases"]))
 
@@ -66,7 +75,9 @@ def main() -> int:
 def points_of(recipe: Recipe, spec: DeviceSpec, num_budgets: int) -> list[Point]:
     """The budgets in ascending order, evenly spaced in their logarithm."""
     budgets = [int(GIB * gib) for gib in np.geomspace(LOWEST_GIB, HIGHEST_GIB, num_budgets)]
-    planning = Planning(recipe, spec, "cuda", budget_for(spec, budgets[-1], "cuda"), CLASSES, IMAGES, default_ram(), "rounding")
+    planning = Planning(
+        recipe, spec, "cuda", budget_for(spec, budgets[-1], "cuda"), CLASSES, IMAGES, default_ram(), "rounding"
+    )
     unconstrained = planning.trace(planning.base_plan(recipe.batch.atom)).peak_bytes
     return [point(with_budget(planning, spec, budget), budget, unconstrained) for budget in budgets]
 
@@ -102,8 +113,14 @@ def judged(points: list[Point]) -> dict[str, Any]:
         "median_used": round(median(used) if used else 1.0, 4),
         "slowest_planning_s": round(max(point.planning_s for point in points), 2),
     }
-    broken = sum(counts[name] for name in ("peaks_that_fall", "times_that_rise", "peaks_above_the_budget", "refused_above_a_fitting_one"))
-    return counts | {"holds": broken == 0 and counts["least_used"] >= USED_AT_LEAST, "points": [asdict(point) for point in points]}
+    broken = sum(
+        counts[name]
+        for name in ("peaks_that_fall", "times_that_rise", "peaks_above_the_budget", "refused_above_a_fitting_one")
+    )
+    return counts | {
+        "holds": broken == 0 and counts["least_used"] >= USED_AT_LEAST,
+        "points": [asdict(point) for point in points],
+    }
 
 
 if __name__ == "__main__":

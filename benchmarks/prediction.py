@@ -141,7 +141,8 @@ def policies(network: FakeNetwork, trace: StepTrace, plan: Plan, kind: str) -> d
         signature = block_signature(network.blocks[path], trace.blocks[path])
         if signature not in known:
             options = [
-                option.policy for option in block_options(network, path, trace.blocks[path], plan, Clock(CPU), offload=False)
+                option.policy
+                for option in block_options(network, path, trace.blocks[path], plan, Clock(CPU), offload=False)
             ]
             known[signature] = max(
                 (o for o in options if o.recompute == "selective"), key=lambda o: len(o.keep), default=RECOMPUTE_ALL
@@ -202,7 +203,11 @@ class Scratch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.is_view:
             return func(*args, **kwargs)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) if self._is_new(func, args, kwargs) else nullcontext() as record:
+        with (
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            if self._is_new(func, args, kwargs)
+            else nullcontext() as record
+        ):
             result = func(*args, **kwargs)
         cost = op_cost(func, args, kwargs, result)
         if record is not None and cost is not None:
