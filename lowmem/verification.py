@@ -133,9 +133,10 @@ def verify(
 
 
 def reference_plan(plan: Plan, recipe: Recipe) -> Plan:
-    """The unconstrained run in the same arithmetic and layout."""
+    """The unconstrained run in the same arithmetic, all of it in the network's own layout."""
     changes = {
         "blocks": {},
+        "layouts": {},
         "optimizer": "device",
         "micro_batch": recipe.batch.atom,
         "budget": None,

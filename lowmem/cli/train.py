@@ -43,6 +43,10 @@ def train(
     workers: Annotated[
         Optional[int], typer.Option("--workers", help="How many; by default as many as it takes.")
     ] = None,
+    layouts: Annotated[
+        str,
+        typer.Option("--layouts", help="measured: each block in the memory layout that is fastest here (rounding)."),
+    ] = "default",
 ) -> None:
     """Train a recipe on your images within a memory budget. Ctrl-C stops after the running step, with a checkpoint: exit code 130."""
     from lowmem.training.start import TrainRequest, train_new_run
@@ -61,6 +65,7 @@ def train(
         checkpoint_every=checkpoint_every,
         loader=loader,
         workers=workers,
+        layouts=layouts,
     )
     raise typer.Exit(train_new_run(request))
 

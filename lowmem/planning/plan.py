@@ -15,6 +15,7 @@ Bytes = Annotated[int, Field(ge=0)]
 Exactness = Literal["bitwise", "rounding", "statistical"]
 Placement = Literal["device", "backward", "host", "host_backward"]
 Recompute = Literal["none", "selective", "full"]
+MemoryFormat = Literal["channels_last", "contiguous"]
 
 
 class Frozen(BaseModel):
@@ -155,7 +156,9 @@ class Plan(Frozen):
     num_blocks: Annotated[int, Field(ge=0)] = 0
     """How many blocks the model has."""
     optimizer: Placement = "device"
-    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    memory_format: MemoryFormat = "channels_last"
+    layouts: dict[str, MemoryFormat] = {}
+    """Blocks with a layout of their own, by path; where one differs, every block is named."""
     autocast_cache: bool = True
     """Whether autocast keeps the 16-bit copies of the weights for the length of a forward pass."""
     cudnn_benchmark: bool = True

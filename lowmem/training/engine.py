@@ -16,6 +16,7 @@ from lowmem.data.device_input import DeviceInput
 from lowmem.errors import LowmemError
 from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
+from lowmem.memory.layout import apply_layouts
 from lowmem.memory.limit import enforce, is_out_of_memory, recover
 from lowmem.memory.optimizer import place_optimizer
 from lowmem.phases import phase
@@ -127,6 +128,7 @@ class Engine:
         if self.ema is not None:
             self.ema.model.to(memory_format=memory_format)
         self.training_mode()
+        self.layouts = apply_layouts(self.model, plan.layouts)
         self.policies = apply_policies(self.model, plan.blocks)
         self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
         self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer, self.policies)
@@ -162,6 +164,7 @@ class Engine:
 
     def _dismantle(self) -> None:
         self.policies.remove()
+        self.layouts.remove()
         self.optimizer.close()
         del self.optimizer, self.step, self.enforcement, self.backup
         recover()

@@ -18,9 +18,11 @@ from lowmem.errors import LowmemError
 from lowmem.machine import choose_device, describe, this_machine
 from lowmem.memory.housekeeping import freeze_garbage, prepare_allocator, thaw_garbage
 from lowmem.memory.pressure import Diagnosis, PressureWatch, SystemReader
+from lowmem.planning.convolutions import choose_layouts, refuse_layouts, with_layouts
 from lowmem.planning.devices import DeviceSpec, device_spec, settle_amp
 from lowmem.planning.explain import plan_lines
 from lowmem.planning.loading import check_wish, image_seconds, loader_for, within_ram
+from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
 from lowmem.profiling.result import plan_of_profile
@@ -63,6 +65,7 @@ class TrainRequest:
     checkpoint_every: str = "10m"
     loader: str = "auto"
     workers: int | None = None
+    layouts: str = "default"
 
 
 def train_new_run(request: TrainRequest) -> int:
@@ -70,6 +73,7 @@ def train_new_run(request: TrainRequest) -> int:
     prepare_allocator()
     cadence = parse_cadence(request.checkpoint_every)
     check_wish(request.loader, request.workers)
+    refuse_layouts(request.layouts, request.allow)
     recipe = load_recipe(request.recipe, request.overrides)
     device = choose_device(request.device)
     spec = device_spec(device)
@@ -79,6 +83,9 @@ def train_new_run(request: TrainRequest) -> int:
         dataset = open_data(recipe, request.data, progress)
         plan = plan_for(request, recipe, spec, device, dataset, progress.say)
         model, loaded = initialised_model(recipe.model, len(dataset.classes), recipe.seed)
+        if request.layouts == "measured":
+            progress.say("Measuring convolutions in both memory layouts, each kind once on this machine ...")
+            plan = with_layouts(plan, choose_layouts(FakeNetwork(recipe, len(dataset.classes)), plan, device))
         folder = new_run_folder(request.out, Path(request.recipe).stem)
         stack.enter_context(RunLock(folder))
         machine = this_machine()
