@@ -23,8 +23,6 @@ from lowmem.training.checkpoint import Checkpoint, Checkpoints, Tensors
 from lowmem.training.engine import Engine
 from lowmem.training.state import RunState
 
-NICE = 10
-"""About a tenth of a core while all are taken. At 19, the lowest, a save of 134 MB took over 15 s on a machine with other work."""
 Written = Callable[[Path, float, int], None]
 """(checkpoint, seconds, bytes of the host buffer): told of each checkpoint that is on the disk, by the thread that wrote it."""
 
@@ -121,10 +119,10 @@ class Saver:
 
 
 def _yield_to_training() -> None:
-    """The calling thread stands back where others want its core; Linux alone has priorities of threads for everybody."""
+    """The calling thread takes a core only when nobody else wants it; Linux alone has priorities of threads for everybody."""
     if sys.platform.startswith("linux"):
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def refuse_not_finite(checkpoint: Checkpoint) -> None:

@@ -56,7 +56,9 @@ def make_photos(root: Path) -> Path:
 
 def make_plan_file(path: Path, workers: int = 0, **changes: Any) -> Path:
     # The order of sums on a CPU depends on the number of torch's threads, so a plan names it.
-    loader = LoaderPlan(kind="threads" if workers else "inline", workers=workers, torch_threads=1)
+    # Two workers are threads, four are processes, so that both are stopped and resumed.
+    kind = "inline" if not workers else "processes" if workers >= 4 else "threads"
+    loader = LoaderPlan(kind=kind, workers=workers, torch_threads=1)
     fields = {
         "device": "cpu",
         "device_name": "CPU",
