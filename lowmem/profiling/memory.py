@@ -19,7 +19,15 @@ from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import make_plan
 from lowmem.planning.trace import trace_step
-from lowmem.profiling.timeline import by_block_at_peak, curve, label_category, landmarks, measured_timeline, until
+from lowmem.profiling.timeline import (
+    alike,
+    by_block_at_peak,
+    curve,
+    label_category,
+    landmarks,
+    measured_timeline,
+    until,
+)
 from lowmem.recipe import Recipe, load_recipe
 from lowmem.results.charts import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, panel, png_bytes, svg_text
 from lowmem.results.measured import measured_section
@@ -138,9 +146,11 @@ def timeline_figure(measured: Timeline, predicted: Timeline) -> Figure:
         colors=[COLOURS[name] for name in series],
         alpha=0.75,
     )
-    total, place = curve(predicted), landmarks(predicted)
-    points = [(_stretched(t, place, marks) - zero, total[t] / MIB) for t in range(place[1] - 1, predicted.clock + 1)]
-    ax.plot(*zip(*points[:: max(1, len(points) // NUM_POINTS)]), "--", color=INK, linewidth=1.2, label="predicted")
+    total = curve(predicted)
+    for number, (own, other) in enumerate(alike(predicted, measured)):
+        points = [(_stretched(t, own, other) - zero, total[t] / MIB) for t in range(own[0], own[-1] + 1)]
+        label = "" if number else "predicted"
+        ax.plot(*zip(*points[:: max(1, len(points) // NUM_POINTS)]), "--", color=INK, linewidth=1.2, label=label)
     for name, mark in zip(("forward", "backward"), marks[2:4]):
         ax.axvline(mark - zero, color=INK, linewidth=0.8, linestyle=":")
         ax.annotate(f" {name}", (mark - zero, 0.97), xycoords=("data", "axes fraction"), fontsize=8, va="top")

@@ -215,6 +215,28 @@ def landmarks(timeline: Timeline) -> list[int]:
     return [0, inputs, forward, backward, timeline.clock]
 
 
+def passes(timeline: Timeline) -> list[tuple[int, int]]:
+    """Times at which the forward and the backward pass of each part of the batch begin."""
+    found: list[list[int]] = []
+    for item in timeline.allocations:
+        name = item.label.partition(":")[0]
+        if name == "forward" and (not found or len(found[-1]) == 2):
+            found.append([item.born])
+        if name in ("backward", "recomputation") and found and len(found[-1]) == 1:
+            found[-1].append(item.born)
+    return [(first, (*rest, timeline.clock)[0]) for first, *rest in found]
+
+
+def alike(predicted: Timeline, measured: Timeline) -> list[tuple[list[int], list[int]]]:
+    """Stretches of the predicted timeline and those of the measured one that they stand for: the trace runs a step's first and last part."""
+    own, other = passes(predicted), passes(measured)
+    starts = landmarks(predicted)[1] - 1, landmarks(measured)[1] - 1
+    if len(own) == 1 or len(other) == 1:
+        return [([starts[0], *own[0], predicted.clock], [starts[1], *other[0], measured.clock])]
+    first = [starts[0], *own[0], own[1][0]], [starts[1], *other[0], other[1][0]]
+    return [first, ([*own[-1], predicted.clock], [*other[-1], measured.clock])]
+
+
 def by_block_at_peak(timeline: Timeline) -> dict[str, int]:
     """Activations that are live at the peak, by the block that made them; "" is outside of all."""
     found: dict[str, int] = {}
