@@ -64,7 +64,7 @@ def run_page(run: RunResult) -> Page:
             Section("The plan in words", Lines(plan_lines(run.plan))) if run.plan else Section("The plan in words"),
             _epochs(run.history),
             measured_section(run.machine, _counts(run)),
-            Section("Recipe", Lines(run.recipe_text.splitlines())) if run.recipe_text else Section("Recipe"),
+            Section("Recipe", Lines(run.recipe_text.splitlines(), folded="every field")) if run.recipe_text else Section("Recipe"),
         ),
     )
 
