@@ -46,12 +46,11 @@ from lowmem.training.engine import Engine
 from lowmem.training.model import build_model
 
 MODELS = {
-    "resnet18": 128, "resnet50": 96, "seresnext26d_32x4d": 96, "seresnextaa101d_32x8d": 64, "regnety_004": 128, "efficientnet_b0": 96,
-    "tf_efficientnet_lite0": 128, "mobilenetv3_small_100": 160, "convnext_atto": 128, "vit_tiny_patch16_224": 224, "deit_tiny_patch16_224": 224,
-    "swin_tiny_patch4_window7_224": 224, "densenet121": 96, "vgg11_bn": 64, "inception_v3": 128, "hrnet_w18_small": 128, "dla34": 128,
-    "res2net50_26w_4s": 128, "dm_nfnet_f0": 128, "mixer_s16_224": 224, "resmlp_12_224": 224, "legacy_xception": 128, "ghostnet_100": 160,
-    "rexnet_100": 128, "cspresnet50": 128, "repvgg_a0": 128, "coatnet_nano_rw_224": 224, "poolformer_s12": 224,
-    "levit_128s": 224, "pvt_v2_b0": 224, "edgenext_xx_small": 160,
+    "resnet18": 96, "resnet50": 64, "seresnext26d_32x4d": 64, "regnety_004": 96, "efficientnet_b0": 96, "tf_efficientnet_lite0": 96,
+    "mobilenetv3_small_100": 128, "convnext_atto": 96, "vit_tiny_patch16_224": 224, "densenet121": 64, "hrnet_w18_small": 64, "dla34": 64,
+    "ghostnet_100": 96, "rexnet_100": 96, "repvgg_a0": 64, "cspresnet50": 64, "poolformer_s12": 96, "pvt_v2_b0": 96, "edgenext_xx_small": 96,
+    "mobilevit_xxs": 128, "res2net50_26w_4s": 64, "levit_128s": 224, "legacy_xception": 96, "inception_v3": 96, "dm_nfnet_f0": 64,
+    "resmlp_12_224": 224, "seresnextaa101d_32x8d": 64,
 }  # fmt: skip
 BATCH, CLASSES = 8, 10
 SMALLEST_BYTES = 256 * 1024
