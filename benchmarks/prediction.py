@@ -17,7 +17,6 @@ import gc
 import json
 import sys
 import time
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -31,7 +30,6 @@ from torch.utils._pytree import tree_leaves
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.machine import this_machine
-from lowmem.planning.cost import OpCost, op_cost
 from lowmem.planning.devices import device_by_name
 from lowmem.planning.known import usable_blocks
 from lowmem.planning.network import FakeNetwork
@@ -53,7 +51,7 @@ MODELS = {
     "resmlp_12_224": 224, "seresnextaa101d_32x8d": 64,
 }  # fmt: skip
 BATCH, CLASSES = 8, 10
-SMALLEST_BYTES = 256 * 1024
+SMALLEST_BYTES = 4096
 """The scratch of operations on less is not looked at."""
 POLICIES = ("none", "selective", "full")
 CPU = device_by_name("CPU")
@@ -192,36 +190,28 @@ class Scratch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[OpCost, int] = {}
-        self.seen: set[Any] = set()
+        self.known: dict[Any, int] = {}
 
-    def of(self, op: OpCost) -> int:
-        return self.known.get(op, 0)
+    def of(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+        return self.known.get(operation(func, args, kwargs), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.is_view:
+        key = operation(func, args, kwargs)
+        large = any(t.nbytes >= SMALLEST_BYTES for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        if func.is_view or not large or key in self.known:
             return func(*args, **kwargs)
-        with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            if self._is_new(func, args, kwargs)
-            else nullcontext() as record
-        ):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             result = func(*args, **kwargs)
-        cost = op_cost(func, args, kwargs, result)
-        if record is not None and cost is not None:
-            peak, rest = peak_and_rest(record)
-            self.known.setdefault(cost, max(0, peak - max(0, rest)))
+        peak, rest = peak_and_rest(record)
+        self.known[key] = max(0, peak - max(0, rest))
         return result
 
-    def _is_new(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether an operation on enough bytes was not seen with these shapes."""
-        shapes = tuple((tuple(t.shape), t.dtype) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        large = any(t.nbytes >= SMALLEST_BYTES for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        key = (func, shapes)
-        is_new = large and key not in self.seen
-        self.seen.add(key)
-        return is_new
+
+def operation(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The same for operations with the same arguments but for the values of tensors."""
+    leaves = tree_leaves((args, kwargs))
+    return func, tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else str(x) for x in leaves)
 
 
 def peak_and_rest(record: Any) -> tuple[int, int]:

@@ -29,6 +29,8 @@ from lowmem.training.objective import Objective
 from lowmem.training.step import TrainStep, autocast
 
 NORM = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+Scratch = Callable[[Any, Any, dict[str, Any]], int]
+"""Bytes that the kernel of an operation on these arguments allocates and frees again."""
 CATEGORIES = {"forward": "activations", "backward": "workspace"}
 
 
@@ -68,7 +70,7 @@ class StepRecorder(MemoryMeter):
     """A meter that also notes what each operation costs; `scratch` says what its kernel allocates and frees again, where that
     is known."""
 
-    def __init__(self, scratch: Callable[[OpCost], int] | None = None) -> None:
+    def __init__(self, scratch: Scratch | None = None) -> None:
         super().__init__(record=True)
         self.ops: list[OpCost] = []
         self.scratch = scratch
@@ -79,7 +81,7 @@ class StepRecorder(MemoryMeter):
         if cost is not None:
             self.ops.append(cost)
             if self.scratch is not None:
-                self.peak_bytes = max(self.peak_bytes, self.live_bytes + self.scratch(cost))
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes + self.scratch(func, args, kwargs or {}))
         return result
 
 
@@ -126,7 +128,7 @@ def optimizer_bytes(named: dict[str, Any], placement: Placement) -> int:
 
 
 def trace_step(
-    network: FakeNetwork, plan: Plan, recipe: Recipe, scratch: Callable[[OpCost], int] | None = None
+    network: FakeNetwork, plan: Plan, recipe: Recipe, scratch: Scratch | None = None
 ) -> StepTrace:
     """Trace the first and the last forward pass of a step under a plan; that is where a step's peak lies."""
     meter = StepRecorder(scratch)
