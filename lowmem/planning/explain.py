@@ -39,8 +39,7 @@ def reasons_for(plan: Plan, unconstrained_bytes: int) -> list[str]:
     reasons = [
         f"With nothing recomputed or moved the step would need {format_size(unconstrained_bytes)}; {format_size(room)} are there."
     ]
-    for policy, paths in _runs(plan):
-        reasons.append(f"{paths}: {_policy_in_words(policy)}.")
+    reasons += [f"{paths}: {words}." for words, paths in _runs(plan)]
     if plan.optimizer == "backward":
         reasons.append(
             "Each weight is updated as soon as its gradient is complete, so the gradients are never all there at once."
@@ -81,33 +80,24 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _runs(plan: Plan) -> list[tuple[BlockPolicy, str]]:
-    """Neighbouring blocks of one policy that does something, as (policy, "layer3.0 to layer3.5 (6 blocks)")."""
-    runs = []
-    for policy, members in groupby(plan.blocks.items(), key=lambda item: item[1]):
+def _runs(plan: Plan) -> list[tuple[str, str]]:
+    """What is done to blocks, as (words, "layer3.0 to layer3.5 (6 blocks), layer4.1"), in the order of the blocks."""
+    places: dict[str, list[str]] = {}
+    for words, members in groupby(plan.blocks.items(), key=lambda item: _policy_in_words(item[1])):
         paths = [path for path, _ in members]
         name = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
-        if policy != KEEP_ALL:
-            runs.append((policy, name))
-    return runs
+        places.setdefault(words, []).append(name)
+    places.pop(_policy_in_words(KEEP_ALL), None)
+    return [(words, ", ".join(names)) for words, names in places.items()]
 
 
 def _policy_in_words(policy: BlockPolicy) -> str:
     if policy.recompute == "full":
         return "keeps only its input and is run again in the backward pass"
-    hosted = (
-        ""
-        if not policy.offloads
-        else ", held in host memory"
-        if policy.host in ("all", policy.keep)
-        else f", of which {_ordinals(policy.host)} in host memory"
-    )
     if policy.recompute == "none":
-        return "keeps everything" + (" in host memory" if policy.host == "all" else hosted)
-    return (
-        f"keeps the outputs {_ordinals(policy.keep)} of its convolutions and products{hosted}, and recomputes the rest"
+        where = "" if not policy.offloads else " in host memory" if policy.host == "all" else ", a part in host memory"
+        return f"keeps everything{where}"
+    where = (
+        "" if not policy.offloads else ", in host memory," if policy.host in ("all", policy.keep) else ", some in host memory,"
     )
-
-
-def _ordinals(ordinals: object) -> str:
-    return ", ".join(map(str, ordinals)) if isinstance(ordinals, tuple) else str(ordinals)
+    return f"keeps the outputs {', '.join(map(str, policy.keep))} of its convolutions and products{where} and recomputes the rest"

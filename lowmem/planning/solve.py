@@ -22,7 +22,9 @@ ENOUGH_OF_KIND = 5
 """A mix of the options that the relaxation uses may miss the relaxation by this many such gaps; else all options are searched."""
 GAP_PEAK_FRAC = 5e-3
 """The same for the smallest peak, as a share of it."""
-TIME_LIMIT_S = 2.0
+NODE_LIMIT = 300
+"""Of the integer search, which makes it stop at the same mix on a busy machine; the time limit is for a machine that hangs."""
+TIME_LIMIT_S = 60.0
 MAX_ROUNDINGS = 1024
 """Mixes tried in rounding the relaxation, whose optimum is in whole numbers but for a few blocks."""
 TIE_BREAK_S_PER_BYTE = 1e-15
@@ -117,7 +119,9 @@ class _System:
             return self._solution(rounded)
         found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), gap)
         if found is None or costs @ found > costs @ relaxed + ENOUGH_OF_KIND * good_enough:
-            found = self._run(costs, upper, gap)
+            wider = self._run(costs, upper, gap)
+            found = wider if wider is not None and (found is None or costs @ wider < costs @ found) else found
+        found = rounded if found is None else found
         return None if found is None else self._solution(found)
 
     def _run(self, costs: np.ndarray, upper: np.ndarray, gap: float | None = None) -> np.ndarray | None:
@@ -128,7 +132,7 @@ class _System:
             constraints=self.constraints,
             bounds=Bounds(np.zeros(num + 2), upper),
             integrality=np.array([int(gap is not None)] * num + [0, 0]),
-            options={"mip_rel_gap": gap or 0.0, "time_limit": TIME_LIMIT_S},
+            options={"mip_rel_gap": gap or 0.0, "node_limit": NODE_LIMIT, "time_limit": TIME_LIMIT_S},
         )
         return found.x
 
