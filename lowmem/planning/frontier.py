@@ -6,7 +6,7 @@ from lowmem.errors import LowmemError
 from lowmem.planning.budget import budget_for
 from lowmem.planning.devices import DeviceSpec
 from lowmem.planning.known import Planning, with_budget
-from lowmem.planning.plan import Plan
+from lowmem.planning.plan import Budget, Plan
 from lowmem.planning.planner import default_ram, plan_within
 from lowmem.recipe import Recipe
 from lowmem.sizes import format_size, short_size
@@ -57,12 +57,15 @@ def frontier(
     planning: Planning | None = None
     rows: list[tuple[int, int, Plan | None]] = []
     for vram_bytes in sorted(budgets, reverse=True):
-        budget = budget_for(spec, vram_bytes, device)
-        if planning is None:
-            planning = Planning(recipe, spec, device, budget, num_classes, num_train, default_ram(), allow)
-        planning = with_budget(planning, spec, vram_bytes)
         fits = not rows or rows[-1][2] is not None
-        rows.append((vram_bytes, budget.tensor_bytes, _plan_or_none(planning, budget.tensor_bytes) if fits else None))
+        try:
+            budget = budget_for(spec, vram_bytes, device)
+        except LowmemError:
+            fits, budget = False, Budget(total_bytes=0)
+        if fits and planning is None:
+            planning = Planning(recipe, spec, device, budget, num_classes, num_train, default_ram(), allow)
+        found = _plan_or_none(with_budget(planning, spec, vram_bytes), budget.tensor_bytes) if planning and fits else None
+        rows.append((vram_bytes, budget.tensor_bytes, found))
     return [_row(vram, room, _cheapest(rows[number:])) for number, (vram, room, _) in enumerate(rows)]
 
 

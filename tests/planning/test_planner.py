@@ -38,6 +38,7 @@ def test_a_plan_fits_into_its_budget_as_a_whole(share: float, whole: Plan, cpu) 
     assert again == plan.prediction.peak.total <= budget
     assert plan.exactness == "bitwise" and plan.prediction.step_s >= whole.prediction.step_s
     assert plan.reasons[0].startswith("With nothing recomputed or moved")
+    assert share > 0.8 or any("run again" in reason or "recomputes the rest" in reason for reason in plan.reasons)
 
 
 def test_less_memory_never_costs_less_time_nor_more_memory(cpu) -> None:
@@ -114,6 +115,12 @@ def test_the_frontier_is_monotone_and_ends_with_a_refusal(cpu, whole: Plan) -> N
     assert [row.step_s for row in fitting] == sorted(row.step_s for row in fitting) and len(fitting) == 5
     shown = telling(rows)
     assert shown[0].step_s == shown[0].baseline_step_s and shown[-1].step_s is None and len(shown) == 4
+
+
+def test_a_frontier_goes_on_below_what_a_card_needs_for_itself(laptop) -> None:
+    budgets = [2 * GIB, 600 * MIB, 300 * MIB]
+    rows = frontier(small_recipe(), laptop, "cuda", budgets, num_classes=CLASSES, num_train=1000)
+    assert [row.step_s is None for row in rows] == [False, True, True]
 
 
 def test_a_model_without_blocks_gets_a_peak(cpu) -> None:
