@@ -80,15 +80,19 @@ class StepRecorder(MemoryMeter):
         cost = op_cost(func, args, kwargs, result)
         if cost is not None:
             self.ops.append(cost)
-            if self.scratch is not None:
-                self.peak_bytes = max(self.peak_bytes, self.live_bytes + self.scratch(func, args, kwargs or {}))
+            self.add_scratch(func, args, kwargs or {})
         return result
+
+    def add_scratch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """What the kernel of an operation that has just run had allocated in between."""
+        if self.scratch is not None:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes + self.scratch(func, args, kwargs))
 
 
 class TracedOptimizer:
     """Stands for an optimizer: its memory and the moment at which gradients go, without its arithmetic."""
 
-    def __init__(self, model: nn.Module, placement: Placement, meter: MemoryMeter) -> None:
+    def __init__(self, model: nn.Module, placement: Placement, meter: StepRecorder) -> None:
         self.placement, self.meter, self.armed = placement, meter, False
         self.behind: Tensor | None = None
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -99,6 +103,7 @@ class TracedOptimizer:
         self.armed = True
 
     def update(self, scaler: Any, clip_norm: float | None) -> None:
+        self.meter.add_scratch(torch.ops.aten._fused_adamw_.default, (), {})
         for parameter in self.named.values():
             parameter.grad = None
 
