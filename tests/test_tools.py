@@ -158,7 +158,8 @@ def test_a_folder_of_runs_is_one_table(tmp_path: Path) -> None:
     lines = summarize.as_markdown(summary).splitlines()
     assert lines[0].count("|") == len(summarize.COLUMNS) + 1 == lines[2].count("|")
     assert "could not be read" in lines[-1]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(LowmemError, match="no run"):
-        summarize.summarize(runs / "whole" / "figures")
+        summarize.summarize(tmp_path / "empty")
     with pytest.raises(LowmemError, match="no folder"):
         summarize.summarize(tmp_path / "nothing")
