@@ -5,6 +5,7 @@ by side. On a card they cannot: each would hold a context and weights that the o
 process of its own, with a context, an allocator and convolution choices made under its own budget.
 """
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -65,13 +66,13 @@ class OpenStations:
 
 
 class FreshProcesses:
-    """A new process for every visit."""
+    """A new process for every visit; none takes a step after `deadline` (the processes of a machine share the monotonic clock)."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, work: Work, deadline: float = math.inf) -> None:
+        self.work, self.deadline = work, deadline
 
     def visit(self, plan: Plan) -> Visit:
-        return in_fresh_process(_visit_once, self.work, plan)
+        return in_fresh_process(_visit_once, self.work, plan, self.deadline)
 
     def close(self) -> None:
         """Nothing is left open."""
@@ -137,11 +138,11 @@ def _visited(row: Row, visitor: Visitor) -> Row:
     return row.with_round(visit.round, visit.memory)
 
 
-def _visit_once(work: Work, plan: Plan) -> Visit:
+def _visit_once(work: Work, plan: Plan, deadline: float) -> Visit:
     """In a process of its own: open, warm up, one round. Errors that do not pickle become ones that do."""
     prepare_allocator()
     try:
-        with Station(work, plan) as station:
+        with Station(work, plan, deadline) as station:
             station.warm_up()
             return Visit(station.measure(), station.memory())
     except OutOfBudgetError as error:

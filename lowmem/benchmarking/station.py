@@ -5,6 +5,7 @@ where a budget is enforced by counting the first steps of each kind, those are o
 """
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -43,10 +44,18 @@ class Work:
     split: Split | None = None
 
 
-class Station:
-    """Context: a plan on its device. Raises OutOfBudgetError where it does not fit."""
+class OutOfTimeError(Exception):
+    """The deadline came before the first round could begin."""
 
-    def __init__(self, work: Work, plan: Plan) -> None:
+
+class Station:
+    """Context: a plan on its device. Raises OutOfBudgetError where it does not fit.
+
+    No step begins after `deadline`, a time of `time.monotonic`: what is not warm by then raises OutOfTimeError, and a round ends early.
+    """
+
+    def __init__(self, work: Work, plan: Plan, deadline: float = math.inf) -> None:
+        self.deadline = deadline
         if plan.loader.torch_threads:
             torch.set_num_threads(plan.loader.torch_threads)
         recipe = work.recipe.model_copy(update={"amp": plan.amp_dtype})
@@ -76,7 +85,9 @@ class Station:
         """Steps until counting, autotuning and caches have settled; decides how many steps a round has."""
         self.engine.enforcement.reset_peak()
         for number in self._warm_up_steps():
+            self._check_time()
             self._train(next(self.batches), number)
+        self._check_time()
         self._synchronise()
         started = time.perf_counter()
         self._train(next(self.batches), next(self.step_numbers))
@@ -86,22 +97,25 @@ class Station:
     def run_in(self, num_steps: int) -> None:
         """Steps that are not timed."""
         for _ in range(num_steps):
+            self._check_time()
             self._train(next(self.batches), next(self.step_numbers))
 
     def measure(self) -> Round:
-        """One round."""
-        waited_s, joules = 0.0, card_joules(self.card)
+        """One round of at least one step."""
+        self._check_time()
+        num_steps, waited_s, joules = 0, 0.0, card_joules(self.card)
         self._synchronise()
         started = time.perf_counter()
-        for _ in range(self.num_steps):
+        while num_steps < self.num_steps and (not num_steps or time.monotonic() < self.deadline):
             asked = time.perf_counter()
             batch = next(self.batches)
             waited_s += time.perf_counter() - asked
             self._train(batch, next(self.step_numbers))
+            num_steps += 1
         self._synchronise()
         seconds = time.perf_counter() - started
         used = None if joules is None else (card_joules(self.card) or joules) - joules
-        return Round(num_steps=self.num_steps, seconds=seconds, wait_data_s=waited_s, joules=used or None)
+        return Round(num_steps=num_steps, seconds=seconds, wait_data_s=waited_s, joules=used or None)
 
     def memory(self) -> Memory:
         """The most that was in use since the station was opened."""
@@ -120,6 +134,10 @@ class Station:
 
     def _train(self, batch: HostBatch, number: int) -> None:
         self.engine.train_step(batch, self.input, EPOCH, number, self.recipe.optimizer.lr)
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTimeError
 
     def _synchronise(self) -> None:
         if self.engine.device.type == "cuda":

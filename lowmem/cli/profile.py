@@ -1,5 +1,6 @@
 """The sweet spot of a machine."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -32,7 +33,8 @@ def profile(
 
         out = out or Path("profiles") / f"{Path(recipe).stem}-memory"
         raise typer.Exit(run_memory_profile(MemoryRequest(recipe, vram, device, out, 10, tuple(set_ or ())), Console()))
+    started = time.monotonic()  # the imports take seconds
     from lowmem.profiling.command import ProfileRequest, run_profile
 
-    request = ProfileRequest(recipe, data, vram, ram, device, minutes, out, tuple(set_ or ()))
+    request = ProfileRequest(recipe, data, vram, ram, device, minutes, out, tuple(set_ or ()), started)
     raise typer.Exit(run_profile(request, Console()))

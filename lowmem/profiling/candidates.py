@@ -1,5 +1,9 @@
 """What is worth measuring: plans at and below a budget, micro-batches where the recipe allows them, and ways to load."""
 
+import math
+import time
+from dataclasses import dataclass
+
 from lowmem.errors import LowmemError
 from lowmem.machine import usable_cores
 from lowmem.memory.batchnorm import has_live_batchnorm
@@ -19,38 +23,64 @@ WORKER_COUNTS = (1, 2, 4, 8, 12)
 PREFETCH = (2, 4)
 
 
-def plan_cases(
-    recipe: Recipe, spec: DeviceSpec, device: str, vram_bytes: int, ram_bytes: int, num_classes: int, num_train: int
-) -> list[PlanCase]:
-    """Plans within the budget that differ, roomiest first; raises LowmemError where none fits."""
+@dataclass(frozen=True)
+class Question:
+    """What plans are made for."""
 
-    def planned(budget_bytes: int) -> Plan:
-        return make_plan(
-            recipe, spec, device, budget_bytes, ram_bytes=ram_bytes, num_classes=num_classes, num_train=num_train
-        )
+    recipe: Recipe
+    spec: DeviceSpec
+    device: str
+    vram_bytes: int
+    ram_bytes: int
+    num_classes: int
+    num_train: int
 
-    first = planned(vram_bytes)
+    def planned(self, budget_bytes: int) -> Plan:
+        counts = {"num_classes": self.num_classes, "num_train": self.num_train}
+        return make_plan(self.recipe, self.spec, self.device, budget_bytes, ram_bytes=self.ram_bytes, **counts)
+
+
+def plan_cases(asked: Question, until: float = math.inf) -> tuple[list[PlanCase], list[str]]:
+    """(plans within the budget that differ, names of those left out for lack of time); raises LowmemError where none fits.
+
+    The plan for the whole budget comes first, and then the others by how little their memory differs from its. After it no plan is begun
+    that would not be made by `until`, a time of `time.monotonic`, if it took as long.
+    """
+    started = time.monotonic()
+    first = asked.planned(asked.vram_bytes)
+    each_s = time.monotonic() - started
     assert first.prediction is not None and first.budget is not None
     taken = first.budget.total_bytes - first.budget.tensor_bytes
-    found = [first]
+    found, left_out = [first], []
     for share in BELOW:
+        if time.monotonic() + each_s > until:
+            left_out.append(f"a plan with {100 * share:.0f} % of the memory")
+            continue
         try:
-            found.append(planned(taken + int(share * first.prediction.peak.total)))
+            found.append(asked.planned(taken + int(share * first.prediction.peak.total)))
         except LowmemError:  # the leanest plan is above this share
             break
-    found += _split(first, recipe, num_classes)
-    return _named([plan.model_copy(update={"budget": first.budget}) for plan in _distinct(found)])
+    if time.monotonic() + each_s > until:
+        left_out.append("batches in parts")
+    else:
+        found += _split(first, asked.recipe, asked.num_classes)
+    return _named([plan.model_copy(update={"budget": first.budget}) for plan in _distinct(found)]), left_out
 
 
 def loader_plans(base: LoaderPlan) -> list[LoaderPlan]:
-    """In the process, threads and processes, up to as many as there are cores; more prefetch with the most threads."""
+    """In line, threads and processes, up to as many as there are cores; more prefetch with the most threads. Those like `base` first."""
     counts = [count for count in WORKER_COUNTS if count <= usable_cores()]
     plans = [base.model_copy(update={"kind": "inline", "workers": 0})]
     for n in counts:
         changes = {"workers": n, "prefetch_batches": 2}
         plans += [base.model_copy(update={"kind": kind} | changes) for kind in ("threads", "processes")]
     last = {"kind": "threads", "workers": counts[-1], "prefetch_batches": PREFETCH[-1]}
-    return [*plans, base.model_copy(update=last)]
+    return sorted([*plans, base.model_copy(update=last)], key=lambda loader: _distance(loader, base))
+
+
+def _distance(loader: LoaderPlan, base: LoaderPlan) -> int:
+    other_kind = bool(loader.workers) and loader.kind != base.kind
+    return abs(loader.workers - base.workers) + other_kind + (loader.prefetch_batches != base.prefetch_batches)
 
 
 def loader_name(loader: LoaderPlan) -> str:
@@ -75,14 +105,20 @@ def _split(first: Plan, recipe: Recipe, num_classes: int) -> list[Plan]:
         told = (f"The batch is split over passes of {size} images; only the rounding of sums changes.",)
         changes |= {"device": first.device, "prediction": Prediction(peak=trace.breakdown), "reasons": told}
         plans.append(first.model_copy(update=changes))
-    return plans
+    assert first.budget is not None
+    return [plan for plan in plans if _peak_bytes(plan) <= first.budget.tensor_bytes]
 
 
 def _distinct(plans: list[Plan]) -> list[Plan]:
+    """Without repetition, the first in front, and the others by their distance from it in memory."""
     seen: dict[str, Plan] = {}
     for plan in plans:
         seen.setdefault(plan.model_dump_json(include={"micro_batch", "blocks", "optimizer"}), plan)
-    return sorted(seen.values(), key=lambda plan: -(plan.prediction.peak.total if plan.prediction else 0))
+    return sorted(seen.values(), key=lambda plan: abs(_peak_bytes(plan) - _peak_bytes(plans[0])))
+
+
+def _peak_bytes(plan: Plan) -> int:
+    return plan.prediction.peak.total if plan.prediction else 0
 
 
 def _named(plans: list[Plan]) -> list[PlanCase]:

@@ -2,9 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,25 @@ from lowmem.errors import LowmemError
 from lowmem.machine import choose_device, describe, this_machine
 from lowmem.memory.housekeeping import prepare_allocator
 from lowmem.planning.devices import device_spec, settle_amp
+from lowmem.planning.plan import LoaderPlan
 from lowmem.planning.planner import default_ram
-from lowmem.profiling.candidates import loader_name, loader_plans, plan_cases
-from lowmem.profiling.measure import Stations, measure_joint, measure_loader, measure_plans, tree_bytes
+from lowmem.profiling.candidates import Question, loader_name, loader_plans, plan_cases
+from lowmem.profiling.measure import Limits, Stations, Told, measure_joint, measure_loader, measure_plans, tree_bytes
 from lowmem.profiling.page import write_figures, write_profile_report
-from lowmem.profiling.result import FILE, JointCase, ProfileFile
-from lowmem.profiling.sweet_spot import best_loader, best_plan, chosen_plan, sentences
+from lowmem.profiling.result import FILE, JointCase, PlanCase, ProfileFile
+from lowmem.profiling.schedule import Cost, one_more_fits
+from lowmem.profiling.sweet_spot import best_loader, best_plan, chosen_plan, not_measured, sentences
 from lowmem.progress import open_progress
 from lowmem.recipe import load_recipe
 from lowmem.sizes import format_size, parse_size
 from lowmem.training.start import open_data
 
-PLANS_SHARE, LOADERS_SHARE = 0.45, 0.75
-"""Shares of the time after which the plans, and the workers alone, have to be done."""
-FEWEST_LOADERS = 3
-"""Measured whatever the time says: in line, a thread, a process."""
+PLANNING_SHARE, PLANS_SHARE = 0.2, 0.45
+"""Share of the time left that planning may take, and of the whole after which no plan is measured; the first has more (schedule.py)."""
+LOADERS_SHARE = 0.3
+"""Share of the time left after the plans in which workers run by themselves."""
+PROCESS_S = 5.0
+"""What a process takes to start and to import torch, until it was measured."""
 EXIT_DONE, EXIT_STOPPED = 0, 130
 
 
@@ -50,6 +54,8 @@ class ProfileRequest:
     minutes: float = 5.0
     out: Path | None = None
     overrides: tuple[str, ...] = ()
+    started: float = field(default_factory=time.monotonic)
+    """From when on the minutes count, as `time.monotonic` tells it."""
 
 
 class Profiling:
@@ -57,7 +63,7 @@ class Profiling:
 
     def __init__(self, request: ProfileRequest, console: Console) -> None:
         self.request, self.console = request, console
-        self.started = time.monotonic()
+        self.started, self.step_cost = request.started, Cost()
         vram, ram = parse_size(request.vram), parse_size(request.ram) if request.ram else default_ram()
         recipe = load_recipe(request.recipe, request.overrides)
         self.device = choose_device(request.device)
@@ -90,40 +96,46 @@ class Profiling:
 
     def measure_plans(self) -> None:
         profile = self.profile
-        cases = plan_cases(
-            self.recipe,
-            self.spec,
-            str(self.device),
-            profile.vram_bytes,
-            profile.ram_bytes,
-            profile.num_classes,
-            profile.num_train,
-        )
-        self.change(plans=tuple(cases))
+        counts = (profile.vram_bytes, profile.ram_bytes, profile.num_classes, profile.num_train)
+        self._say("planning what to compare")
+        until = time.monotonic() + PLANNING_SHARE * self._left_s()
+        cases, missing = plan_cases(Question(self.recipe, self.spec, str(self.device), *counts), until)
+        self.change(plans=tuple(cases), plans_not_made=tuple(missing))
         with self._stations(with_images=False) as stations:
-            with self._progress("plans", cases) as told:
-                measure_plans(cases, stations, self._deadline(PLANS_SHARE), told)
+            with self._progress("plans") as told:
+                measure_plans(cases, stations, Limits(self._at(PLANS_SHARE), self._at(1.0)), told)
+            self.step_cost = stations.cost(cases[0].plan) or Cost()
             self.change(process_bytes=tree_bytes()[0] if self.device.type == "cuda" else self._process_bytes())
 
     def measure_loaders(self) -> None:
-        assert self.profile.plans
+        """Ways of loading by themselves, as many as there is time for beside the step afterwards."""
         plans = loader_plans(self.profile.plans[0].plan.loader)
-        each_s = max(1.0, (self._deadline(LOADERS_SHARE) - time.monotonic()) / len(plans) - 2.0)
+        self.change(ways=tuple(plans))
+        seconds = min(8.0, max(1.0, LOADERS_SHARE * self._left_s() / len(plans)))
+        alone_s = PROCESS_S + seconds
         for number, loader in enumerate(plans):
-            if number >= FEWEST_LOADERS and time.monotonic() > self._deadline(LOADERS_SHARE):
-                self._say(f"no time left for the other {len(plans) - number} ways of loading; give more --minutes")
+            if not one_more_fits(number, alone_s, self._beside(loader), self._left_s()):
                 break
-            self._say(f"loading alone, {number + 1} of {len(plans)}: {loader_name(loader)}")
-            case = measure_loader(self.dataset.train, self.recipe, loader, min(each_s, 8.0))
+            self._say(f"loading alone, {number + 1} of {len(plans)}: {loader_name(loader)}; {self._clock()}")
+            started = time.monotonic()
+            case = measure_loader(self.dataset.train, self.recipe, loader, seconds, self._at(1.0))
+            alone_s = time.monotonic() - started
             self.change(loaders=(*self.profile.loaders, case))
 
     def measure_joint(self) -> None:
         best = best_plan(self.profile.plans)
-        if best is None:
-            raise LowmemError(f"No plan could be measured: {self.profile.plans[0].failure}")
         cases = [JointCase(loader=case.loader, extra_bytes=case.extra_bytes) for case in self.profile.loaders]
-        with self._stations(with_images=True) as stations, self._progress("joint", cases) as told:
-            measure_joint(cases, best.plan, stations, self._deadline(1.0), told)
+        if best is None or not cases:
+            return
+        limits = Limits(self._at(1.0), self._at(1.0), self._beside(cases[0].loader))
+        with self._stations(with_images=True) as stations, self._progress("joint") as told:
+            measure_joint(cases, best.plan, stations, limits, told)
+
+    def _beside(self, loader: LoaderPlan) -> Cost:
+        """What this way of loading costs beside the step: its batches are run in before each round."""
+        best = best_plan(self.profile.plans)
+        step_s = best.step.median if best else 0.0
+        return Cost(self.step_cost.open_s, self.step_cost.round_s + (loader.prefetch_batches + 1) * step_s)
 
     def finish(self) -> ProfileFile:
         """Choose, and write everything."""
@@ -134,7 +146,7 @@ class Profiling:
             joint = best_loader(self.profile.joint, self.device.type == "cuda", free)
             plan = chosen_plan(best, joint, self.profile.num_train, self.recipe.batch.size)
             told = sentences(best, self.profile.plans, joint, self.profile.joint)
-            told += _budget_warning(joint, self.profile, free) + _doubt(self.profile)
+            told += _budget_warning(joint, self.profile, free) + _doubt(self.profile) + _left_out(self.profile)
             self.change(chosen=plan, sentences=tuple(told))
             with writing(self.folder, "the plan"):
                 plan.save(self.folder / "plan.json")
@@ -153,24 +165,22 @@ class Profiling:
     def _stations(self, with_images: bool) -> Iterator[Stations]:
         split = self.dataset.train if with_images else None
         work = Work(self.recipe, self.profile.num_classes, split)
-        with closing(Stations(work, self.device.type == "cuda")) as stations:
+        with closing(Stations(work, self.device.type == "cuda", self._at(1.0))) as stations:
             yield stations
 
     @contextmanager
-    def _progress(self, field: str, cases: list[Any]) -> Iterator[Callable[[list[Any]], None]]:
-        """Context: what is called with the cases after every visit keeps them and tells of them."""
-        shown = [0.0]
+    def _progress(self, field: str) -> Iterator[Told]:
+        """Context: what is called with the cases before and after every visit keeps them and tells of them."""
+        every_s, shown = 2.0 if self.console.is_terminal else 10.0, 0.0
 
-        def told(now: list[Any]) -> None:
+        def told(now: list[Any], turn: int) -> None:
+            nonlocal shown
             self.profile = self.profile.model_copy(update={field: tuple(now)})
-            if time.monotonic() - shown[0] > (2.0 if self.console.is_terminal else 20.0):
-                shown[0] = time.monotonic()
-                stable = sum(case.is_stable for case in now)
-                spent = time.monotonic() - self.started
-                rounds = max(len(case.rounds_s) for case in now)
-                self._say(
-                    f"{_STAGES[field]}: round {rounds}, {stable} of {len(now)} stable; {spent:.0f} of {60 * self.request.minutes:.0f} s"
-                )
+            case = now[turn]
+            begins = not case.rounds_s and not case.failure
+            if begins or time.monotonic() - shown > every_s:
+                shown = time.monotonic()
+                self._say(f"{_STAGES[field]}, {turn + 1} of {len(now)}: {_case_name(case)}; {self._clock()}")
 
         try:
             yield told
@@ -182,14 +192,26 @@ class Profiling:
         peaks = [case.peak_bytes for case in self.profile.plans if case.rounds_s]
         return max(0, tree_bytes()[0] - sum(peaks) + max(peaks, default=0))
 
-    def _deadline(self, share: float) -> float:
+    def _at(self, share: float) -> float:
+        """When this share of the time is over, as `time.monotonic` tells it."""
         return self.started + share * 60 * self.request.minutes
+
+    def _left_s(self) -> float:
+        return self._at(1.0) - time.monotonic()
+
+    def _clock(self) -> str:
+        return f"{time.monotonic() - self.started:.0f} of {60 * self.request.minutes:.0f} s"
 
     def _say(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
 
-_STAGES = {"plans": "plans", "joint": "plan and loading together"}
+_STAGES = {"plans": "plan", "joint": "plan and loading together"}
+
+
+def _case_name(case: PlanCase | JointCase) -> str:
+    name = case.name if isinstance(case, PlanCase) else loader_name(case.loader)
+    return f"{name}, round {len(case.rounds_s)}" if case.rounds_s else name
 
 
 def run_profile(request: ProfileRequest, console: Console) -> int:
@@ -212,6 +234,8 @@ def run_profile(request: ProfileRequest, console: Console) -> int:
     profile = profiling.finish()
     for sentence in profile.sentences:
         say(sentence)
+    if profile.chosen is None and not stopped:
+        raise LowmemError(_nothing_measured(profile, profiling.folder))
     if profile.chosen is None:
         say(f"Stopped before anything was measured. What there is: {profiling.folder}")
         return EXIT_STOPPED
@@ -220,6 +244,16 @@ def run_profile(request: ProfileRequest, console: Console) -> int:
     if stopped:
         say("Stopped early: this is what had been measured until then.")
     return EXIT_STOPPED if stopped else EXIT_DONE
+
+
+def _nothing_measured(profile: ProfileFile, folder: Path) -> str:
+    failures = [case.failure for case in profile.plans if case.failure]
+    if failures:
+        return f"No plan could be measured: {failures[0]}"
+    return (
+        f"--minutes {profile.minutes:g}: over before one plan was warm. Give more, as in --minutes {max(1.0, 4 * profile.minutes):g}. "
+        f"What there is: {folder}"
+    )
 
 
 def _budget_warning(joint: JointCase | None, profile: ProfileFile, free_bytes: int) -> list[str]:
@@ -240,6 +274,11 @@ def _doubt(profile: ProfileFile) -> list[str]:
     return [
         f"{len(unstable)} of {len(cases)} figures were not stable yet (the fewest rounds: {fewest}); more --minutes, or a quieter machine, would settle them."
     ]
+
+
+def _left_out(profile: ProfileFile) -> list[str]:
+    missing = not_measured(profile)
+    return [f"Not measured for lack of time (more --minutes bring them): {'; '.join(missing)}."] if missing else []
 
 
 def _data_option(request: ProfileRequest) -> str:

@@ -45,6 +45,7 @@ COLOURS = {
 }
 """In the order in which they are stacked."""
 NUM_POINTS = 300
+SPLIT = "covers the first and the last part of the split batch only: the parts between them are alike, and are not predicted one by one."
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,14 @@ def run_memory_profile(request: MemoryRequest, console: Console) -> int:
     plan = make_plan(
         recipe, spec, str(device), parse_size(request.vram), num_classes=request.num_classes, num_train=1000
     )
+    say = console.print
+    say(escape(f"One step of {recipe.model.name}, batch {recipe.batch.size}, on {spec.name}: measuring"), highlight=False)
     with writing(request.out, "the memory profile"):
         request.out.mkdir(parents=True, exist_ok=True)
         measured = measured_timeline(recipe, plan, request.num_classes, request.out / "memory_snapshot.pickle")
+        say(f"{len(measured.allocations)} allocations measured; predicting", highlight=False)
         predicted = predicted_timeline(recipe, plan, request.num_classes)
+        say("drawing", highlight=False)
         figure = timeline_figure(measured, predicted)
         (request.out / "memory.svg").write_text(svg_text(figure), encoding="utf-8")
         (request.out / "memory.png").write_bytes(png_bytes(figure))
@@ -101,6 +106,7 @@ def memory_facts(recipe: Recipe, plan: Plan, measured: Timeline, predicted: Time
         "batch": recipe.batch.size,
         "train_px": recipe.data.train_px,
         "device": plan.device_name,
+        "num_passes": recipe.batch.num_atoms * -(-recipe.batch.atom // plan.micro_batch),
         "measured": _at_peak(measured),
         "predicted": _at_peak(predicted),
         "activations_by_block": by_block_at_peak(measured),
@@ -117,7 +123,8 @@ def memory_page(facts: dict[str, Any], figure: Figure) -> Page:
     blocks = [
         (name or "outside of blocks", format_size(value)) for name, value in facts["activations_by_block"].items()
     ]
-    caption = "Live tensors after each allocation and free of one step; the dashed line is the planner's trace, made without the device."
+    caption = "Live tensors after each allocation and free of one step; the dashed line is the planner's trace, made without the device"
+    caption += ". It " + SPLIT if facts["num_passes"] > 2 else "."
     return Page(
         title=f"Memory of one step of {facts['model']}",
         lead=f"Batch {facts['batch']} at {facts['train_px']} px on {facts['device']}: peak {format_size(facts['measured']['total'])} "

@@ -151,7 +151,7 @@ def _plan_table(profile: ProfileFile) -> Table:
             _stable(case.is_stable),
         )
         if case.rounds_s or case.failure
-        else (case.name, "not measured", "", "0", "")
+        else (case.name, "not measured for lack of time", "", "0", "")
         for case in profile.plans
     ]
     bold = [number for number, case in enumerate(profile.plans) if case is best]
@@ -205,6 +205,6 @@ def _counts(profile: ProfileFile) -> list[str]:
         f"{profile.num_train} training images in {profile.data_root}; batch {profile.recipe.batch.size} at {profile.recipe.data.train_px} px",
         f"budgets {format_size(profile.vram_bytes)} on the device, {format_size(profile.ram_bytes)} in the host, of which the process itself takes "
         f"{format_size(profile.process_bytes)}",
-        "Rounds of about a second, all cases in turn; a figure is stable when the 95 % interval of its median is within 2 % of it after five rounds "
+        "Rounds of about a second, in turn; a case is begun only with time for three of them; a figure is stable when the 95 % interval of its median is within 2 % of it after five rounds "
         f"or more. A device that waits less than {100 * NEVER_WAITS_FRAC:.0f} % of the time is said never to wait.",
     ]

@@ -94,6 +94,10 @@ class ProfileFile(Facts):
     plans: tuple[PlanCase, ...] = ()
     loaders: tuple[LoaderCase, ...] = ()
     joint: tuple[JointCase, ...] = ()
+    plans_not_made: tuple[str, ...] = ()
+    """For lack of time, in words."""
+    ways: tuple[LoaderPlan, ...] = ()
+    """All the ways of loading that there are; `loaders` and `joint` are those that were measured."""
     chosen: Plan | None = None
     sentences: tuple[str, ...] = ()
 

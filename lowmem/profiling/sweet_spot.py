@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lowmem.planning.plan import Plan, Prediction
 from lowmem.profiling.candidates import loader_name
-from lowmem.profiling.result import JointCase, PlanCase
+from lowmem.profiling.result import JointCase, PlanCase, ProfileFile
 from lowmem.sizes import format_size
 
 TIE_FRAC = 0.02
@@ -81,14 +81,22 @@ def sentences(
     told.append(
         f"One lower ({lower.name}) would save {format_size(case.peak_bytes - lower.peak_bytes)} and cost {_percent(lower, case)} time."
         if lower
-        else "No leaner plan was found."
+        else "No leaner plan was measured."
     )
     told.append(
         f"One higher ({higher.name}) would take {format_size(higher.peak_bytes - case.peak_bytes)} more and bring {_percent(higher, case)} time."
         if higher
-        else "Nothing within the budget uses more memory."
+        else "None within the budget that uses more memory was measured."
     )
     return told if joint is None else told + _loader_sentences(joint, joints)
+
+
+def not_measured(profile: ProfileFile) -> list[str]:
+    """What there was no time for, in words."""
+    plans = [f"plan {case.name}" for case in profile.plans if not case.rounds_s and not case.failure]
+    measured = {case.loader for case in profile.joint if case.rounds_s or case.failure}
+    loading = [f"loading {loader_name(way)}" for way in profile.ways if way not in measured]
+    return [*plans, *profile.plans_not_made, *loading]
 
 
 def _loader_sentences(joint: JointCase, joints: Sequence[JointCase]) -> list[str]:
