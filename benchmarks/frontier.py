@@ -45,7 +45,7 @@ SAVINGS = (
     ("seresnextaa101d_32x8d", (), "activations", (0.44, 0.58, 0.79)),
     ("resnet50", ("batch.size=184", "amp=fp32", "model.weights=none"), "total", (0.33, 0.47, 0.60, 0.67)),
 )
-ROUNDS, STEPS = 8, 3
+ROUNDS, STEPS = 5, 3
 
 
 def main() -> None:
