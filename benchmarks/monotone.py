@@ -10,7 +10,6 @@ unconstrained step does not fit) at least 92 % of that is to be used. Exit code 
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +42,6 @@ class Point:
     peak_bytes: int | None
     step_s: float | None
     binds: bool
-    planning_s: float
 
 
 def main() -> int:
@@ -83,16 +81,15 @@ def points_of(recipe: Recipe, spec: DeviceSpec, num_budgets: int) -> list[Point]
 
 
 def point(planning: Planning, budget_bytes: int, unconstrained_bytes: int) -> Point:
-    room, started = planning.budget.tensor_bytes, time.perf_counter()
+    room = planning.budget.tensor_bytes
     try:
         found = plan_within(planning, room).prediction
     except LowmemError:
         found = None
-    seconds = time.perf_counter() - started
     binds = room < unconstrained_bytes
     if found is None:
-        return Point(budget_bytes, room, None, None, binds, seconds)
-    return Point(budget_bytes, room, found.peak.total, found.step_s, binds, seconds)
+        return Point(budget_bytes, room, None, None, binds)
+    return Point(budget_bytes, room, found.peak.total, found.step_s, binds)
 
 
 def judged(points: list[Point]) -> dict[str, Any]:
@@ -111,7 +108,6 @@ def judged(points: list[Point]) -> dict[str, Any]:
         "refused_above_a_fitting_one": len(refused_above),
         "least_used": round(min(used, default=1.0), 4),
         "median_used": round(median(used) if used else 1.0, 4),
-        "slowest_planning_s": round(max(point.planning_s for point in points), 2),
     }
     broken = sum(
         counts[name]
