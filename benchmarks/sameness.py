@@ -10,6 +10,7 @@ updates batch norm twice and forgets the random generator: where a model has eit
 import argparse
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -93,8 +94,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", default=list(MODELS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sameness.json")
     options = parser.parse_args()
+    for name in set(VARIANTS) - set(options.variants):
+        del VARIANTS[name]
     activations.MIN_OFFLOAD_BYTES = 1024  # small images: everything travels
     if options.device != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -115,7 +119,7 @@ def summary(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
     due = [row for row in rows if row["negative_control_due"]]
     caught = sum(row["negative_control_differing"] > 0 for row in due)
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + shlex.join(sys.argv),
         "versions": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name(device)
         if device != "cpu"
