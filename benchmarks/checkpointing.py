@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.machine import this_machine
 from lowmem.memory.pressure import EVERY_S, PressureWatch, SystemReader
 from lowmem.planning.plan import Plan
@@ -28,7 +29,6 @@ from lowmem.training.model import initialised_model
 from lowmem.training.saving import Saver
 from lowmem.training.schedule import first_state
 from lowmem.training.state import RunState
-from lowmem.verification import random_batches
 
 NUM_CLASSES = 10
 MODES = ("none", "beside", "in_the_way")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.errors import LowmemError
 from lowmem.machine import this_machine
 from lowmem.planning.budget import budget_for
@@ -34,7 +35,7 @@ from lowmem.recipe import Recipe, load_recipe
 from lowmem.sizes import GIB, MIB, format_size, short_size
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches, reference_plan, verify
+from lowmem.verification import reference_plan, verify
 
 PREDICTED_GIB = (16, 8, 6, 4, 3, 2, 1.5)
 TRAINED = ("model.name=seresnextaa101d_32x8d", "model.weights=none", "data.train_px=64", "batch.size=16", "amp=fp32")
@@ -74,10 +75,18 @@ def savings() -> list[dict[str, Any]]:
     rows = []
     for name, overrides, of, shares in SAVINGS:
         recipe = load_recipe(name, overrides)
-        planning = Planning(recipe, spec, "cuda", budget_for(spec, 64 * GIB, "cuda"), CLASSES, IMAGES, default_ram(), "bitwise")
+        planning = Planning(
+            recipe, spec, "cuda", budget_for(spec, 64 * GIB, "cuda"), CLASSES, IMAGES, default_ram(), "bitwise"
+        )
         whole = planning.trace(planning.base_plan(recipe.batch.atom)).breakdown
         for share in shares:
-            row = {"model": recipe.model.name, "batch": recipe.batch.size, "saved": share, "of": of, "unconstrained_bytes": whole.total}
+            row = {
+                "model": recipe.model.name,
+                "batch": recipe.batch.size,
+                "saved": share,
+                "of": of,
+                "unconstrained_bytes": whole.total,
+            }
             try:
                 found = plan_within(planning, whole.total - int(share * getattr(whole, of))).prediction
                 assert found is not None and found.step_s and found.baseline_step_s

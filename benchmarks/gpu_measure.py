@@ -14,6 +14,7 @@ import torch
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.errors import LowmemError
 from lowmem.planning.devices import device_spec
 from lowmem.planning.plan import Plan
@@ -21,7 +22,7 @@ from lowmem.planning.planner import make_plan
 from lowmem.recipe import Recipe
 from lowmem.training.engine import Engine, OutOfBudgetError
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches, reference_plan
+from lowmem.verification import reference_plan
 
 NUM_CLASSES, NUM_TRAIN = 100, 20_700
 NORM = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

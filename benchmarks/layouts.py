@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.machine import this_machine
 from lowmem.memory.limit import NUM_COUNTED, CountedLimit
 from lowmem.planning.convolutions import choose_layouts, convolutions_of
@@ -26,7 +27,7 @@ from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe, load_recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches, verify
+from lowmem.verification import verify
 
 NUM_CLASSES = 10
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d", "seresnext50_32x4d", "tf_efficientnet_lite0")

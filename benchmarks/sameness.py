@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.memory import activations
 from lowmem.memory.batchnorm import has_live_batchnorm
 from lowmem.memory.dropout import draws_random_numbers
@@ -35,7 +36,7 @@ from lowmem.planning.plan import BlockPolicy, Plan
 from lowmem.recipe import BatchRecipe, DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches, same_bits
+from lowmem.verification import same_bits
 
 MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {"drop_path": 0.1},

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.machine import this_machine
 from lowmem.phases import HostClock, phase, timing_phases
 from lowmem.planning.blocks import find_blocks
@@ -25,7 +26,6 @@ from lowmem.planning.plan import BlockPolicy, Plan
 from lowmem.recipe import load_recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches
 
 NUM_CLASSES, BATCH, PX = 10, 8, 64
 

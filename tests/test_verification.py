@@ -2,9 +2,10 @@
 
 import torch
 
+from lowmem.data.synthetic import random_batches
 from lowmem.planning.plan import BlockPolicy, Plan
 from lowmem.recipe import BatchRecipe, DataRecipe, MixupRecipe, ModelRecipe, Recipe
-from lowmem.verification import random_batches, same_bits, verify
+from lowmem.verification import same_bits, verify
 
 
 def recipe(name: str, norm_batch: int | None = None) -> Recipe:

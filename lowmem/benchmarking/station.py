@@ -20,13 +20,13 @@ from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.data.loader import Loader
 from lowmem.data.pixels import TrainPixels
 from lowmem.data.split import Split
+from lowmem.data.synthetic import random_batches
 from lowmem.memory.limit import NUM_COUNTED
 from lowmem.nvml import card_bytes, card_joules, open_card
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches
 
 ROUND_S = 1.0
 """A round lasts about this long, so that the clock and one odd step weigh little."""

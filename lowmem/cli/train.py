@@ -33,7 +33,8 @@ def train(
     weights: Weights = None,
     plan: Annotated[Optional[Path], typer.Option("--plan", help="Follow this plan.json instead of planning.")] = None,
     profile: Annotated[
-        Optional[Path], typer.Option("--profile", help="Follow what lowmem profile chose, its budget included: its folder.")
+        Optional[Path],
+        typer.Option("--profile", help="Follow what lowmem profile chose, its budget included: its folder."),
     ] = None,
     allow: Allow = "rounding",
     checkpoint_every: CheckpointEvery = "10m",
@@ -47,6 +48,10 @@ def train(
         str,
         typer.Option("--layouts", help="measured: each block in the memory layout that is fastest here (rounding)."),
     ] = "default",
+    compile_: Annotated[
+        str,
+        typer.Option("--compile", help="measured: torch.compile and CUDA graphs, taken where faster here (rounding)."),
+    ] = "none",
 ) -> None:
     """Train a recipe on your images within a memory budget. Ctrl-C stops after the running step, with a checkpoint: exit code 130."""
     from lowmem.training.start import TrainRequest, train_new_run
@@ -66,6 +71,7 @@ def train(
         loader=loader,
         workers=workers,
         layouts=layouts,
+        compile=compile_,
     )
     raise typer.Exit(train_new_run(request))
 

@@ -210,14 +210,6 @@ def with_layouts(plan: Plan, choice: Choice) -> Plan:
     return _told(plan.model_copy(update=changes), text)
 
 
-def keep_layouts(plan: Plan, earlier: Plan) -> Plan:
-    """A plan that takes over from another in the middle of a run: the same kernels, so the same layouts."""
-    if not earlier.layouts:
-        return plan
-    exactness = "rounding" if plan.exactness == "bitwise" else plan.exactness
-    return plan.model_copy(update={"layouts": earlier.layouts, "exactness": exactness})
-
-
 def _told(plan: Plan, text: str) -> Plan:
     return plan.model_copy(update={"reasons": (*plan.reasons, text)})
 

@@ -16,6 +16,7 @@ Exactness = Literal["bitwise", "rounding", "statistical"]
 Placement = Literal["device", "backward", "host", "host_backward"]
 Recompute = Literal["none", "selective", "full"]
 MemoryFormat = Literal["channels_last", "contiguous"]
+Compiled = Literal["none", "blocks", "graphs"]
 
 
 class Frozen(BaseModel):
@@ -159,6 +160,8 @@ class Plan(Frozen):
     memory_format: MemoryFormat = "channels_last"
     layouts: dict[str, MemoryFormat] = {}
     """Blocks with a layout of their own, by path; where one differs, every block is named."""
+    compiled: Compiled = "none"
+    """Whether the blocks that keep everything run through torch.compile, and are replayed as CUDA graphs."""
     autocast_cache: bool = True
     """Whether autocast keeps the 16-bit copies of the weights for the length of a forward pass."""
     cudnn_benchmark: bool = True

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.memory.census import category, naming_gradients
 from lowmem.memory.limit import NUM_COUNTED
 from lowmem.memory.meter import Allocation, MemoryMeter, Timeline
@@ -25,7 +26,6 @@ from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
-from lowmem.verification import random_batches
 
 MAX_ENTRIES = 1_000_000
 

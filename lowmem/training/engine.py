@@ -16,6 +16,7 @@ from lowmem.data.device_input import DeviceInput
 from lowmem.errors import LowmemError
 from lowmem.memory.activations import apply_policies
 from lowmem.memory.batchnorm import StatisticsBackup
+from lowmem.memory.compilation import apply_compilation
 from lowmem.memory.layout import apply_layouts
 from lowmem.memory.limit import enforce, is_out_of_memory, recover
 from lowmem.memory.optimizer import place_optimizer
@@ -129,6 +130,7 @@ class Engine:
             self.ema.model.to(memory_format=memory_format)
         self.training_mode()
         self.layouts = apply_layouts(self.model, plan.layouts)
+        self.compilation = apply_compilation(self.model, plan)
         self.policies = apply_policies(self.model, plan.blocks)
         self.optimizer = place_optimizer(self.model, self.recipe.optimizer, plan.optimizer, self.device)
         self.step = TrainStep(self.model, self.recipe, plan, self.objective, self.optimizer, self.policies)
@@ -139,6 +141,7 @@ class Engine:
         with self.enforcement.watch("training, mixed" if device_input.is_mixed(epoch, step) else "training"):
             with phase("copy"):
                 prepared = device_input.prepare(batch, epoch, step)
+            self.compilation.begin_step()
             loss = self.step(prepared, epoch, step)
             if self.ema is not None:
                 with phase("optimizer"):
@@ -164,6 +167,7 @@ class Engine:
 
     def _dismantle(self) -> None:
         self.policies.remove()
+        self.compilation.remove()
         self.layouts.remove()
         self.optimizer.close()
         del self.optimizer, self.step, self.enforcement, self.backup

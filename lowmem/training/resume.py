@@ -12,8 +12,8 @@ from lowmem.data.folder import Dataset
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device
 from lowmem.memory.housekeeping import prepare_allocator
-from lowmem.planning.convolutions import keep_layouts
 from lowmem.planning.devices import device_spec, settle_amp
+from lowmem.planning.execution import keep_kernels
 from lowmem.planning.explain import plan_lines
 from lowmem.planning.plan import Plan
 from lowmem.progress import Progress, open_progress
@@ -189,7 +189,7 @@ def _plan(
     found = plan_for(wanted, recipe, device_spec(device), device, dataset)
     # On a CPU the number of torch's threads decides in which order sums are formed: the run keeps its own.
     loader = found.loader.model_copy(update={"torch_threads": plan.loader.torch_threads})
-    return keep_layouts(found.model_copy(update={"loader": loader}), plan)
+    return keep_kernels(found.model_copy(update={"loader": loader}), plan)
 
 
 def _tell_of_last_end(lock: RunLock, folder: RunFolder, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from lowmem.data.folder import Dataset
 from lowmem.data.loader import Loader
 from lowmem.errors import LowmemError
 from lowmem.memory.pressure import PressureWatch
-from lowmem.planning.convolutions import keep_layouts
+from lowmem.planning.execution import keep_kernels
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import leaner_plan
 from lowmem.progress import Progress
@@ -132,7 +132,7 @@ class Run:
         plan = leaner_plan(
             self.plan, self.recipe, num_classes=len(self.dataset.classes), num_train=len(self.dataset.train)
         )
-        plan = keep_layouts(plan, self.plan)
+        plan = keep_kernels(plan, self.plan)
         self.progress.warn(
             f"Out of memory in {where}; nothing is lost. The run goes on under a leaner plan: {plan.reasons[0]}"
         )

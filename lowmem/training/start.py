@@ -20,6 +20,7 @@ from lowmem.memory.housekeeping import freeze_garbage, prepare_allocator, thaw_g
 from lowmem.memory.pressure import Diagnosis, PressureWatch, SystemReader
 from lowmem.planning.convolutions import choose_layouts, refuse_layouts, with_layouts
 from lowmem.planning.devices import DeviceSpec, device_spec, settle_amp
+from lowmem.planning.execution import fastest, refuse_compile
 from lowmem.planning.explain import plan_lines
 from lowmem.planning.loading import check_wish, image_seconds, loader_for, within_ram
 from lowmem.planning.network import FakeNetwork
@@ -44,6 +45,7 @@ from lowmem.training.saving import Saver
 from lowmem.training.schedule import first_state
 from lowmem.training.self_profile import SelfProfile
 from lowmem.training.state import RunState
+from lowmem.training.trial import try_execution, ways_to_try
 
 EXIT_DONE = 0
 
@@ -66,6 +68,7 @@ class TrainRequest:
     loader: str = "auto"
     workers: int | None = None
     layouts: str = "default"
+    compile: str = "none"
 
 
 def train_new_run(request: TrainRequest) -> int:
@@ -76,6 +79,7 @@ def train_new_run(request: TrainRequest) -> int:
     refuse_layouts(request.layouts, request.allow)
     recipe = load_recipe(request.recipe, request.overrides)
     device = choose_device(request.device)
+    refuse_compile(request.compile, request.allow, device.type)
     spec = device_spec(device)
     recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
     with ExitStack() as stack:
@@ -86,6 +90,10 @@ def train_new_run(request: TrainRequest) -> int:
         if request.layouts == "measured":
             progress.say("Measuring convolutions in both memory layouts, each kind once on this machine ...")
             plan = with_layouts(plan, choose_layouts(FakeNetwork(recipe, len(dataset.classes)), plan, device))
+        if request.compile == "measured":
+            progress.say("Trying compiled blocks on this card, which may take a minute or two ...")
+            ways = ways_to_try(model, recipe)
+            plan = fastest(plan, try_execution(model, recipe, plan, len(dataset.classes), ways))
         folder = new_run_folder(request.out, Path(request.recipe).stem)
         stack.enter_context(RunLock(folder))
         machine = this_machine()

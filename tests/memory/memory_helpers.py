@@ -10,12 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.memory.activations import KEEPABLE_OPS
 from lowmem.planning.plan import BlockPolicy, Plan
 from lowmem.recipe import BatchRecipe, DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import build_model, initialised_model
-from lowmem.verification import random_batches, same_bits
+from lowmem.verification import same_bits
 
 NUM_CLASSES = 3
 BLOCKS = {

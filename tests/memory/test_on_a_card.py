@@ -12,11 +12,11 @@ from memory_helpers import differing, end_state, make_engine, make_plan, make_re
 
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.memory.offload import HostStore, Ticket
 from lowmem.planning.plan import Budget, Placement
 from lowmem.recipe import MixupRecipe
 from lowmem.training.engine import Engine, OutOfBudgetError
-from lowmem.verification import random_batches
 
 KINDS = ("full", "dropped", "offload", "selective_offload")
 SLEEP_CYCLES = 20_000_000

@@ -18,11 +18,11 @@ from lowmem.planning.convolutions import (
     cheapest_layouts,
     choose_layouts,
     convolutions_of,
-    keep_layouts,
     load_layout_times,
     refuse_layouts,
     with_layouts,
 )
+from lowmem.planning.execution import keep_kernels
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import Budget, MemoryBreakdown, Plan, Prediction
 from lowmem.recipe import load_recipe
@@ -101,7 +101,7 @@ def test_a_plan_takes_them_where_there_is_room_and_says_so() -> None:
     )
     assert not tight.layouts and tight.exactness == "bitwise" and "1000 B more" in tight.reasons[-1]
     assert "faster" in with_layouts(PLAN, Choice({}, 1.0, 1.0)).reasons[-1]
-    assert keep_layouts(PLAN, roomy).layouts == choice.layouts and keep_layouts(PLAN, PLAN) == PLAN
+    assert keep_kernels(PLAN, roomy).layouts == choice.layouts and keep_kernels(PLAN, PLAN) == PLAN
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

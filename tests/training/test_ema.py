@@ -6,6 +6,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.memory.meter import host_memory
 from lowmem.planning.devices import device_by_name
 from lowmem.planning.network import FakeNetwork
@@ -17,7 +18,7 @@ from lowmem.training.ema import ema_bytes
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
 from lowmem.training.step import TrainStep
-from lowmem.verification import random_batches, same_bits, verify
+from lowmem.verification import same_bits, verify
 from tests.training.conftest import classifier, last_state
 
 EMA = ("ema.decay=0.7", "ema.warmup=true")

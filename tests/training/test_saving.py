@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
+from lowmem.data.synthetic import random_batches
 from lowmem.disk import Disk, OpenFile
 from lowmem.errors import LowmemError
 from lowmem.planning.plan import Plan
@@ -18,7 +19,7 @@ from lowmem.training.model import initialised_model
 from lowmem.training.saving import Saver
 from lowmem.training.schedule import first_state
 from lowmem.training.state import RunState
-from lowmem.verification import random_batches, same_bits
+from lowmem.verification import same_bits
 
 RECIPE = Recipe(
     model=ModelRecipe(name="test_resnet", weights="none"),
