@@ -19,7 +19,7 @@ from lowmem.benchmarking.cases import budgets_meant, devices_meant, rows_for
 from lowmem.benchmarking.compare import compare
 from lowmem.benchmarking.compare_page import calibration_lines, comparison_page, terminal_table
 from lowmem.benchmarking.page import write_bench_report
-from lowmem.benchmarking.result import BenchFile, Row
+from lowmem.benchmarking.result import SYNTHETIC, BenchFile, Row
 from lowmem.benchmarking.rounds import in_fresh_process, measure_in_turn, visitor_for
 from lowmem.benchmarking.station import Work
 from lowmem.benchmarking.table import bench_table
@@ -43,7 +43,7 @@ class BenchRequest:
     recipe: str | None = None
     budgets: str | None = None
     devices: str = "all"
-    data: str = "synthetic"
+    data: str = SYNTHETIC
     num_images: int | None = None
     minutes: float = 10.0
     overrides: tuple[str, ...] = ()
@@ -111,8 +111,8 @@ def _measured(bench: BenchFile, work: Work, deadline: float, out: Path, console:
 
 def _work(request: BenchRequest, recipe: Recipe) -> tuple[Work, str, int]:
     """What is trained, where its images come from, and how many images an epoch has."""
-    if request.data == "synthetic":
-        return Work(recipe, DEFAULT_CLASSES), "synthetic", request.num_images or DEFAULT_IMAGES
+    if request.data == SYNTHETIC:
+        return Work(recipe, DEFAULT_CLASSES), SYNTHETIC, request.num_images or DEFAULT_IMAGES
     root = embedded_images() if request.data == "embedded" else Path(request.data)
     dataset = open_dataset(root.resolve(), recipe.data.val_fraction, recipe.seed)
     if len(dataset.train) < recipe.batch.size:

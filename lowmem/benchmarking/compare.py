@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lowmem.benchmarking.calibration import Calibration, calibrate
 from lowmem.benchmarking.cases import CARD_BUDGETS
-from lowmem.benchmarking.result import BenchFile, load_bench
+from lowmem.benchmarking.result import SYNTHETIC, BenchFile, load_bench
 from lowmem.errors import LowmemError
 from lowmem.planning.budget import budget_for
 from lowmem.planning.devices import DeviceSpec, device_by_name, known_devices, settle_amp
@@ -95,6 +95,11 @@ def compare(paths: Sequence[Path], num_images: int | None = None, others: Sequen
 def _refuse_different_work(benches: Sequence[tuple[str, BenchFile]]) -> None:
     (first_name, first), *others = benches
     for name, bench in others:
+        if (bench.data == SYNTHETIC) != (first.data == SYNTHETIC):
+            raise LowmemError(
+                f"{first_name} and {name} are not of the same work: --data was {first.data} and {bench.data}, and only one of them waits "
+                "for images. Compare benches with synthetic images, or benches with photographs."
+            )
         for field in ["num_classes", *(field for field in field_names() if not field.startswith(IGNORED_FIELDS))]:
             ours, theirs = (_value(each, field) for each in (first, bench))
             if ours != theirs:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem.benchmarking.figures import epoch_times, measured_rows, peaks, time_against_memory, times_by_round
-from lowmem.benchmarking.result import BenchFile, Row, load_bench
+from lowmem.benchmarking.result import SYNTHETIC, BenchFile, Row, load_bench
 from lowmem.benchmarking.statistics import MIN_ROUNDS, TARGET_FRAC
 from lowmem.benchmarking.table import HEADS, duration, is_shown, row_cells
 from lowmem.planning.explain import plan_lines
@@ -126,7 +126,7 @@ def _plan(row: Row) -> Lines:
 def _counts(bench: BenchFile) -> list[str]:
     data = (
         "noise images, made before the first step"
-        if bench.data == "synthetic"
+        if bench.data == SYNTHETIC
         else f"the training images of {bench.data}, loaded and augmented as in training"
     )
     steps = sorted({each.num_steps for row in bench.rows for each in row.rounds})
@@ -138,7 +138,7 @@ def _counts(bench: BenchFile) -> list[str]:
         f"{data}; {bench.num_classes} classes; weights as initialised",
         f"{bench.torch_threads} torch threads" + (f", cuDNN {bench.cudnn}" if bench.cudnn else ""),
     ]
-    if bench.data != "synthetic" and waiting:
+    if bench.data != SYNTHETIC and waiting:
         lines.append(
             f"waiting for images: {min(waiting):.1%} to {max(waiting):.1%} of the time, which is part of the step times"
         )

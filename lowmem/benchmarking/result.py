@@ -13,6 +13,8 @@ from lowmem.machine import Machine
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 
+SYNTHETIC = "synthetic"
+"""The `data` of a bench that loads no photographs."""
 FORMAT = "lowmem bench 1"
 Outcome = Literal["pending", "measured", "refused", "failed"]
 

@@ -32,7 +32,7 @@ def profile(
         from lowmem.profiling.memory import MemoryRequest, run_memory_profile
 
         out = out or Path("profiles") / f"{Path(recipe).stem}-memory"
-        raise typer.Exit(run_memory_profile(MemoryRequest(recipe, vram, device, out, 10, tuple(set_ or ())), Console()))
+        raise typer.Exit(run_memory_profile(MemoryRequest(recipe, vram, device, out, data, tuple(set_ or ())), Console()))
     started = time.monotonic()  # the imports take seconds
     from lowmem.profiling.command import ProfileRequest, run_profile
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 
+from lowmem.data.folder import embedded_images, num_classes_and_images
 from lowmem.disk import replace_file, writing
 from lowmem.machine import choose_device, this_machine
 from lowmem.memory.housekeeping import prepare_allocator
@@ -56,7 +57,8 @@ class MemoryRequest:
     vram: str
     device: str
     out: Path
-    num_classes: int
+    data: Path | None = None
+    """The images whose classes are counted; by default the embedded ones."""
     overrides: tuple[str, ...] = ()
 
 
@@ -66,16 +68,17 @@ def run_memory_profile(request: MemoryRequest, console: Console) -> int:
     recipe, device = load_recipe(request.recipe, request.overrides), choose_device(request.device)
     spec = device_spec(device)
     recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
+    classes, images = num_classes_and_images(request.data or embedded_images(), recipe.data.val_fraction)
     plan = make_plan(
-        recipe, spec, str(device), parse_size(request.vram), num_classes=request.num_classes, num_train=1000
+        recipe, spec, str(device), parse_size(request.vram), num_classes=classes, num_train=images, measure=True
     )
     say = console.print
     say(escape(f"One step of {recipe.model.name}, batch {recipe.batch.size}, on {spec.name}: measuring"), highlight=False)
     with writing(request.out, "the memory profile"):
         request.out.mkdir(parents=True, exist_ok=True)
-        measured = measured_timeline(recipe, plan, request.num_classes, request.out / "memory_snapshot.pickle")
+        measured = measured_timeline(recipe, plan, classes, request.out / "memory_snapshot.pickle")
         say(f"{len(measured.allocations)} allocations measured; predicting", highlight=False)
-        predicted = predicted_timeline(recipe, plan, request.num_classes)
+        predicted = predicted_timeline(recipe, plan, classes)
         say("drawing", highlight=False)
         figure = timeline_figure(measured, predicted)
         (request.out / "memory.svg").write_text(svg_text(figure), encoding="utf-8")

@@ -88,7 +88,11 @@ def test_two_computers_with_the_same_card_keep_apart(two_cards, tmp_path):
 
 @pytest.mark.parametrize(
     "change, field",
-    [({"num_classes": 11}, "num_classes"), ({"recipe": RECIPE.model_copy(update={"amp": "bf16"})}, "amp")],
+    [
+        ({"num_classes": 11}, "num_classes"),
+        ({"data": "photos/"}, "--data was synthetic and photos/"),
+        ({"recipe": RECIPE.model_copy(update={"amp": "bf16"})}, "amp"),
+    ],
 )
 def test_benches_of_different_work_are_refused(change, field, two_cards, tmp_path):
     other = bench_of("H100", 0.5, tmp_path / "c.json", **change)
