@@ -8,6 +8,7 @@ In this order, each part a list or a table of the report:
 - rows: for each model and budget the predicted peak beside the measured one (allocated, reserved, and the process as NVML sees it),
   step time by CUDA events and the wall clock in turn with the unconstrained run, and the time of its kernels alone; then the memory
   again while another process holds the rest of the card (`held_down`), since cuDNN chooses its workspaces by free memory.
+- execution: steps as they are, compiled, and replayed as CUDA graphs, in the largest budget.
 - timm: timm's own loop with and without its grad checkpointing.
 - photographs: how long the steps of a real run wait for images.
 - sameness: plans under deterministic algorithms, tensor by tensor.
@@ -43,6 +44,8 @@ from lowmem.planning.devices import device_spec
 from lowmem.planning.planner import make_plan
 from lowmem.recipe import Recipe, load_recipe
 from lowmem.sizes import GIB, MIB, format_size, short_size
+from lowmem.training.model import initialised_model
+from lowmem.training.trial import try_execution, ways_to_try
 from lowmem.verification import verify
 
 NO_CARD = 4
@@ -118,7 +121,7 @@ def recipe_for(name: str, px: int, more: tuple[str, ...] = ()) -> Recipe:
 def run_tests(session: Session) -> None:
     if session.smoke:
         return
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "cuda", "-q"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n", "0"], capture_output=True, text=True)
     session.report["tests"] = {"exit_code": done.returncode, "tail": done.stdout.splitlines()[-15:]}
 
 
@@ -131,6 +134,14 @@ def run_rows(session: Session) -> None:
     for recipe, budgets in session.cases():
         if time.monotonic() < session.deadline:
             rows += memory_rows_of_small_cards(recipe, session.device, budgets)
+
+
+def run_execution(session: Session) -> None:
+    rows: list[dict[str, Any]] = []
+    session.report["execution"] = rows
+    for recipe, budgets in session.cases():
+        if time.monotonic() < session.deadline:
+            rows += _execution_rows(recipe, max(budgets), session.device)
 
 
 def run_timm(session: Session) -> None:
@@ -188,11 +199,24 @@ def run_calibration(session: Session) -> None:
 PARTS: dict[str, Callable[[Session], None]] = {
     "tests": run_tests,
     "rows": run_rows,
+    "execution": run_execution,
     "timm": run_timm,
     "photographs": run_photographs,
     "sameness": run_sameness,
     "calibration": run_calibration,
 }
+
+
+def _execution_rows(recipe: Recipe, budget: int, device: torch.device) -> list[dict[str, Any]]:
+    case = {"model": recipe.model.name, "px": recipe.data.train_px, "budget_bytes": budget}
+    try:
+        plan = make_plan(recipe, device_spec(device), str(device), budget, num_classes=NUM_CLASSES, num_train=1000)
+        model, _ = initialised_model(recipe.model, NUM_CLASSES, recipe.seed)
+        ways = ways_to_try(model, recipe) if device.type == "cuda" else ("none",)
+        trials = try_execution(model, recipe, plan, NUM_CLASSES, ways)
+    except (LowmemError, RuntimeError) as error:
+        return [case | {"error": str(error).splitlines()[0]}]
+    return [case | asdict(trial) | {"step_s": trial.step_s if not trial.failure else None} for trial in trials]
 
 
 def _sameness(recipe: Recipe, budget: int, device: torch.device) -> dict[str, Any]:
@@ -220,7 +244,7 @@ def _smoke_budgets(recipe: Recipe, device: torch.device) -> list[int]:
 
 
 def _errors(report: dict[str, Any]) -> list[str]:
-    rows = [*report["rows"], *report["timm"], *report["sameness"], report.get("photographs") or {}]
+    rows = [*report["rows"], *report["execution"], *report["timm"], *report["sameness"], report.get("photographs") or {}]
     found = [row["error"] for row in rows if row.get("error") and "too small" not in row["error"]]
     found += [f"{row['model']}: not the same classifier" for row in report["sameness"] if row.get("holds") is False]
     return found + (["tests"] if report.get("tests", {}).get("exit_code", 0) not in (0, 5) else [])
@@ -229,6 +253,9 @@ def _errors(report: dict[str, Any]) -> list[str]:
 def summary(report: dict[str, Any]) -> list[str]:
     """The report in lines for people."""
     lines = [_row_line(row) for row in report["rows"]]
+    for row in report["execution"]:
+        took = row.get("error") or row["failure"] or f"{1000 * row['step_s']:.0f} ms a step"
+        lines.append(f"{row['model']} {row['px']} px, compiled {row.get('compiled', '')}: {took}")
     for row in report["timm"]:
         kind = "timm with grad checkpointing" if row["grad_checkpointing"] else "timm"
         took = row.get("error") or f"{1000 * row['step_s']:.0f} ms a step"

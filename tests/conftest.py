@@ -6,8 +6,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lowmem.machine import usable_cores
+
 DEVICES = ["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)]
 """For tests that run everywhere and are meant for a card: on the CPU they show that the test itself is right."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many test processes as there are cores, up to four; those that share a card run one after the other."""
+    return 0 if config.option.markexpr.strip() == "cuda" else min(4, usable_cores())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,8 +41,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """A run sets the number of torch's threads, on which the last bits of sums on a CPU depend."""
+    """One thread of torch, so that tests beside one another do not wait for each other's; a run may set another number, on which the
+    last bits of sums on a CPU depend."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -1,11 +1,10 @@
-"""What a user types, from a data folder to predictions, in subprocesses."""
+"""What a user types, from a data folder to predictions; all but bad input in subprocesses."""
 
 import csv
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+
+from lowmem import cli
 
 TINY = ["--set", "model.name=test_resnet", "--set", "model.weights=none", "--set", "data.train_px=64", "--set", "data.val_px=64",
         "--set", "data.test_px=96", "--set", "batch.size=8", "--set", "schedule.epochs=2"]  # fmt: skip
@@ -156,11 +157,21 @@ def test_a_run_that_was_stopped_early_resumes_to_the_same_classifier(run, photos
         (["resume", "/nothing"], "not a run folder"),
     ],
 )
-def test_bad_input_is_one_clear_error(arguments, expected, tmp_path):
-    done = lowmem(*arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert expected in " ".join(done.stderr.split())
-    assert not list(Path(tmp_path).rglob("*.safetensors"))
+def test_bad_input_is_one_clear_error(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lowmem", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in told, told
+    assert expected in " ".join(told.split())
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_process_ends_with_the_code_and_without_a_traceback(tmp_path):
+    done = lowmem("train", "--vram", "lots", cwd=tmp_path)
+    assert done.returncode == 2 and "is not a size" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_output_folder_in_use_is_refused(run, photos):

@@ -33,7 +33,7 @@ def test_plans_are_measured_in_turn_with_the_unconstrained_run(session: Any) -> 
     assert all(abs(row["allocated_bytes"] / row["predicted_bytes"] - 1) < 0.01 for row in rows)
     assert all(len(row["event_s"]) == len(row["reference_s"]) == session.size.rounds for row in rows[:2])
     assert rich["kernel_s"] and rows[2]["allocated_bytes"] == rich["allocated_bytes"]
-    assert any("of the prediction" in line for line in gpu.summary(session.report | {"timm": [], "sameness": []}))
+    assert any("of the prediction" in line for line in gpu.summary(session.report | {"execution": [], "timm": [], "sameness": []}))
 
 
 def test_timms_loop_stands_beside_it(session: Any) -> None:
@@ -48,7 +48,7 @@ def test_what_fails_fails_the_benchmark(session: Any) -> None:
     import gpu
 
     good = {"error": "", "held_down": False}
-    report: dict[str, Any] = {"rows": [good], "timm": [], "sameness": [{"model": "m", "holds": True}]}
+    report: dict[str, Any] = {"rows": [good], "execution": [], "timm": [], "sameness": [{"model": "m", "holds": True}]}
     assert not gpu._errors(report)
     assert not gpu._errors(report | {"rows": [good | {"error": "LowmemError: --vram 2G is too small for it"}]})
     assert gpu._errors(report | {"rows": [good | {"error": "OutOfMemoryError: it spilled"}]})

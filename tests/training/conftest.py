@@ -6,6 +6,7 @@ import safetensors.torch
 from PIL import Image
 
 from lowmem.planning.plan import LoaderPlan, Plan
+from lowmem.training import keeping
 from lowmem.training.start import TrainRequest, train_new_run
 
 TINY = (
@@ -41,8 +42,10 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def train_run(photos, tmp_path):
-    """Call: train `TINY` under a plan; returns the run folder."""
+def train_run(photos, tmp_path, monkeypatch):
+    """Call: train `TINY` under a plan; returns the run folder, without pictures, which take longer than the training."""
+    monkeypatch.setattr(keeping, "draw_figures", lambda run: None)
+    monkeypatch.setattr(keeping, "write_report", lambda folder: None)
 
     def run(name, *overrides, **changes):
         fields = {
