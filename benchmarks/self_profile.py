@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measured(recomputed, chosen.rounds, chosen.steps) for recomputed in (False, True)]
     report = {
-        "command": "python benchmarks/self_profile.py",
+        "command": "python " + " ".join(sys.argv),
         "machine": this_machine().model_dump(),
         "torch_threads": 1,
         "recipe": "quickstart",

@@ -10,6 +10,7 @@ by more than 2 % beyond that doubt. It takes about three minutes.
 
 import argparse
 import json
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -45,7 +46,7 @@ def main() -> None:
     rows = trained(profile, chosen.rounds)
     quicker = [name for name, row in rows.items() if row["times_sweet_spot"][1] + row["doubt_frac"] < 1 - TIE_FRAC]
     report = {
-        "command": "python benchmarks/sweet_spot.py",
+        "command": "python " + " ".join(sys.argv),
         "machine": this_machine().model_dump(),
         "recipe": "quickstart",
         "overrides": OVERRIDES,
