@@ -40,7 +40,7 @@ from lowmem.training.evaluate import evaluate
 from lowmem.training.model import initialised_model
 
 PX = 224
-DRAWS_PER_PHOTO = 16
+DRAWS_PER_PHOTO = 40
 EPOCHS = 8
 
 
