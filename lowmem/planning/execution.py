@@ -58,11 +58,12 @@ def fastest(plan: Plan, trials: Sequence[Trial]) -> Plan:
 
 
 def keep_kernels(plan: Plan, earlier: Plan) -> Plan:
-    """A plan that takes over from another in the middle of a run: the same kernels, so the same layouts and compilation."""
-    if not earlier.layouts and earlier.compiled == "none":
+    """A plan that takes over from another in the middle of a run: the same kernels, so the same layouts and, on a card, compilation."""
+    compiled = earlier.compiled if plan.device.startswith("cuda") else "none"
+    if not earlier.layouts and compiled == "none":
         return plan
     exactness = "rounding" if plan.exactness == "bitwise" else plan.exactness
-    return plan.model_copy(update={"layouts": earlier.layouts, "compiled": earlier.compiled, "exactness": exactness})
+    return plan.model_copy(update={"layouts": earlier.layouts, "compiled": compiled, "exactness": exactness})
 
 
 def _in_words(trial: Trial, own: Trial) -> str:

@@ -81,7 +81,9 @@ def test_the_fastest_way_that_fits_is_taken_and_all_are_told_of() -> None:
     assert slower.compiled == "none" and slower.exactness == "bitwise"
     alone = fastest(PLAN, [own])
     assert alone.compiled == "none" and "random masks" in alone.reasons[-1]
-    assert keep_kernels(PLAN, chosen).compiled == "blocks" and keep_kernels(PLAN, slower) == PLAN
+    on_card = PLAN.model_copy(update={"device": "cuda:0"})
+    assert keep_kernels(on_card, chosen).compiled == "blocks" and keep_kernels(on_card, slower) == on_card
+    assert keep_kernels(PLAN, chosen) == PLAN, "on a CPU nothing runs compiled"
 
 
 def test_trials_take_real_steps_and_survive_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
