@@ -6,20 +6,19 @@ convert its input and the gradient is measured too, and the cheapest sequence of
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-import platformdirs
 import torch
 from torch import Tensor, nn
 
 from lowmem.disk import replace_file
 from lowmem.errors import LowmemError
 from lowmem.memory.layout import FORMATS
+from lowmem.planning.kept import kept_file
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import Plan
 from lowmem.sizes import format_size
@@ -143,13 +142,8 @@ def load_layout_times(path: Path) -> LayoutTimes:
 
 def layouts_file(device: torch.device) -> Path:
     """Where the times of a device are kept."""
-    if device.type == "cuda":
-        trial = "by trial" if torch.backends.cudnn.benchmark else "by heuristic"
-        name = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()} {trial}"
-    else:
-        name = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    text = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name} torch {torch.__version__}")
-    return Path(platformdirs.user_cache_dir("lowmem")) / "layouts" / f"{text}.json"
+    trial = ("by trial" if torch.backends.cudnn.benchmark else "by heuristic") if device.type == "cuda" else ""
+    return kept_file("layouts", device, trial)
 
 
 def cheapest_layouts(

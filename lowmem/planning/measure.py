@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lowmem.disk import replace_file
 from lowmem.memory.limit import is_out_of_memory
 from lowmem.planning.cost import OpCost, op_cost
+from lowmem.planning.kept import kept_file
 from lowmem.planning.plan import Plan
 from lowmem.planning.trace import BlockMoments
 from lowmem.training.step import autocast
@@ -100,12 +100,7 @@ def load_times(path: Path) -> MeasuredTimes:
 
 def times_file(device: torch.device, memory_format: str) -> Path:
     """Where the times of a device are kept."""
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)} cudnn {torch.backends.cudnn.version()}"
-    else:
-        name = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
-    text = f"{name} torch {torch.__version__} {memory_format}"
-    return Path(platformdirs.user_cache_dir("lowmem")) / "times" / (re.sub(r"[^A-Za-z0-9.]+", "-", text) + ".json")
+    return kept_file("times", device, memory_format)
 
 
 def measured_times(
