@@ -17,6 +17,7 @@ from lowmem.planning.timing import Clock
 from lowmem.sizes import MIB
 from tests.planning.conftest import CLASSES, planning_for, small_recipe
 
+
 @pytest.fixture(autouse=True)
 def time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy computer measures every block, too."""
