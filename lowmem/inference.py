@@ -5,7 +5,7 @@ The batch starts at the largest that is useful and is halved whenever it does no
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from lowmem.data.folder import unlabelled_images
 from lowmem.data.loader import Loader
 from lowmem.data.pixels import EvalPixels
 from lowmem.data.readable import check_files
+from lowmem.data.shrunk import ShrunkEachTime
 from lowmem.data.split import Split, packed_split
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device
@@ -188,7 +189,10 @@ def _try(classifier: Classifier, at: Callable[[int], Result], batch_size: int) -
 
 
 def _loader(classifier: Classifier, split: Split, px: int, batch_size: int) -> Loader:
-    return Loader(split, EvalPixels(split, px, classifier.info.crop_frac), px, batch_size, classifier.plan.loader)
+    info = classifier.info
+    if info.max_side:
+        split = replace(split, reader=ShrunkEachTime(info.max_side))
+    return Loader(split, EvalPixels(split, px, info.crop_frac), px, batch_size, classifier.plan.loader)
 
 
 def _readable(split: Split) -> tuple[Split, list[tuple[str, str]]]:

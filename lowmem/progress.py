@@ -31,6 +31,9 @@ class Progress(Protocol):
     def checking(self, done: int, total: int) -> None:
         """Files checked before training."""
 
+    def shrinking(self, done: int, total: int) -> None:
+        """Images shrunk before training."""
+
     def say(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
@@ -79,9 +82,15 @@ class PlainProgress:
         self._print(_epoch_line(row, self.total_epochs, best))
 
     def checking(self, done: int, total: int) -> None:
+        self._files("checking images", done, total)
+
+    def shrinking(self, done: int, total: int) -> None:
+        self._files("shrinking images", done, total)
+
+    def _files(self, what: str, done: int, total: int) -> None:
         if time.monotonic() - self.told >= PLAIN_EVERY_S:
             self.told = time.monotonic()
-            self._print(f"checking images: {done} of {total}")
+            self._print(f"{what}: {done} of {total}")
 
     def say(self, text: str) -> None:
         self._print(text)
@@ -132,8 +141,14 @@ class LiveProgress:
         self.console.print(_epoch_line(row, self.total_epochs, best), style=style, markup=False)
 
     def checking(self, done: int, total: int) -> None:
+        self._files("checking images", done, total)
+
+    def shrinking(self, done: int, total: int) -> None:
+        self._files("shrinking images", done, total)
+
+    def _files(self, what: str, done: int, total: int) -> None:
         if self.task is None:
-            self._replace_task("checking images", total)
+            self._replace_task(what, total)
         assert self.task is not None
         self.bars.update(self.task, completed=done)
         if done >= total:

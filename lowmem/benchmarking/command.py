@@ -24,6 +24,7 @@ from lowmem.benchmarking.rounds import in_fresh_process, measure_in_turn, visito
 from lowmem.benchmarking.station import Work
 from lowmem.benchmarking.table import bench_table
 from lowmem.data.folder import embedded_images, open_dataset
+from lowmem.data.prepared import open_cache, with_prepared
 from lowmem.disk import writing
 from lowmem.errors import LowmemError
 from lowmem.machine import Machine, describe, this_machine
@@ -115,6 +116,8 @@ def _work(request: BenchRequest, recipe: Recipe) -> tuple[Work, str, int]:
         return Work(recipe, DEFAULT_CLASSES), SYNTHETIC, request.num_images or DEFAULT_IMAGES
     root = embedded_images() if request.data == "embedded" else Path(request.data)
     dataset = open_dataset(root.resolve(), recipe.data.val_fraction, recipe.seed)
+    if recipe.data.max_side:
+        dataset = with_prepared(dataset, recipe.data.max_side, open_cache())
     if len(dataset.train) < recipe.batch.size:
         raise LowmemError(
             f"--data {request.data}: {len(dataset.train)} training images are fewer than one batch of {recipe.batch.size}."

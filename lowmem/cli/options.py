@@ -28,6 +28,16 @@ CheckpointEvery = Annotated[
     str, typer.Option("--checkpoint-every", help="Besides each epoch's end: 10m, 600s or 500-steps.")
 ]
 
+CacheFolder = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--cache", help="Where images shrunk once (data.max_side) are kept. Default: the user's cache folder.", file_okay=False
+    ),
+]
+CacheBytes = Annotated[
+    Optional[str], typer.Option("--cache-bytes", help="What that folder may hold; the longest unused go first. Default: 20G.")
+]
+
 
 def overrides(set_: list[str] | None, weights: Path | None) -> tuple[str, ...]:
     extra = () if weights is None else (f'model.weights="file:{weights.as_posix()}"',)

@@ -8,6 +8,8 @@ import typer
 from lowmem.cli.app import app
 from lowmem.cli.options import (
     Allow,
+    CacheBytes,
+    CacheFolder,
     CheckpointEvery,
     Data,
     Device,
@@ -52,6 +54,8 @@ def train(
         str,
         typer.Option("--compile", help="measured: torch.compile and CUDA graphs, taken where faster here (rounding)."),
     ] = "none",
+    cache: CacheFolder = None,
+    cache_bytes: CacheBytes = None,
 ) -> None:
     """Train a recipe on your images within a memory budget. Ctrl-C stops after the running step, with a checkpoint: exit code 130."""
     from lowmem.training.start import TrainRequest, train_new_run
@@ -72,6 +76,8 @@ def train(
         workers=workers,
         layouts=layouts,
         compile=compile_,
+        cache=cache,
+        cache_bytes=cache_bytes,
     )
     raise typer.Exit(train_new_run(request))
 
@@ -90,6 +96,8 @@ def resume(
     data: Data = None,
     set_: Set = None,
     checkpoint_every: CheckpointEvery = "10m",
+    cache: CacheFolder = None,
+    cache_bytes: CacheBytes = None,
 ) -> None:
     """Continue a run that was stopped, killed or has crashed, to the same classifier."""
     from lowmem.training.resume import ResumeRequest, resume_run
@@ -103,6 +111,8 @@ def resume(
         data=data,
         overrides=tuple(set_ or ()),
         checkpoint_every=checkpoint_every,
+        cache=cache,
+        cache_bytes=cache_bytes,
     )
     raise typer.Exit(resume_run(request))
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageStat
 
 from lowmem.data.colour import hue_shifted
-from lowmem.data.decode import Box, oriented_size, resized_crop
+from lowmem.data.decode import Box, Shrunk, opened, resized_crop
 from lowmem.randomness import generator
 
 CROP_TRIES = 10
@@ -70,11 +70,11 @@ class Draws:
         ) = (float(value) for value in uniforms[2 * CROP_TRIES :])
 
 
-def augmented(path: Path, recipe: AugmentLike, px: int, draws: Draws) -> np.ndarray:
+def augmented(source: Path | Shrunk, recipe: AugmentLike, px: int, draws: Draws) -> np.ndarray:
     """One training image, uint8 [px, px, 3]."""
-    with Image.open(path) as image:
-        box = crop_box(*oriented_size(image), recipe, draws)
-        picture = resized_crop(image, box, px, px)
+    with opened(source) as (image, full_size):
+        box = crop_box(*full_size, recipe, draws)
+        picture = resized_crop(image, box, px, px, full_size)
     picture = _blurred(picture, recipe, draws, box, px)
     if draws.sharpen < recipe.sharpen_prob:
         picture = sharpened(picture, recipe.sharpen_factor)
@@ -84,13 +84,12 @@ def augmented(path: Path, recipe: AugmentLike, px: int, draws: Draws) -> np.ndar
     return np.asarray(picture)
 
 
-def evaluated(path: Path, px: int, crop_frac: float) -> np.ndarray:
+def evaluated(source: Path | Shrunk, px: int, crop_frac: float) -> np.ndarray:
     """One image for evaluation, uint8 [px, px, 3]: short side resized to px / crop_frac, then the central px x px."""
-    with Image.open(path) as image:
-        width, height = oriented_size(image)
+    with opened(source) as (image, (width, height)):
         side = min(width, height) * crop_frac
         left, top = (width - side) / 2, (height - side) / 2
-        return np.asarray(resized_crop(image, (left, top, left + side, top + side), px, px))
+        return np.asarray(resized_crop(image, (left, top, left + side, top + side), px, px, (width, height)))
 
 
 def crop_box(width: int, height: int, recipe: AugmentLike, draws: Draws) -> Box:

@@ -4,6 +4,10 @@ A JPEG is decoded at a reduced scale (libjpeg's 1/2, 1/4, 1/8) where the crop al
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +27,46 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """A JPEG in memory that stands for a larger image, whose oriented size is width x height."""
+
+    jpeg: bytes
+    width: int
+    height: int
+
+
+@contextmanager
+def opened(source: Path | Shrunk) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """Context: an image of which only the header is read, and the oriented size of the original that it stands for."""
+    if isinstance(source, Shrunk):
+        with Image.open(BytesIO(source.jpeg)) as image:
+            yield image, (source.width, source.height)
+    else:
+        with Image.open(source) as image:
+            yield image, oriented_size(image)
+
+
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """Width and height after the EXIF orientation is applied; only the header is read."""
     width, height = image.size
     return (height, width) if image.getexif().get(ORIENTATION) in TRANSPOSED else (width, height)
 
 
-def resized_crop(image: Image.Image, box: Box, width: int, height: int) -> Image.Image:
+def resized_crop(
+    image: Image.Image, box: Box, width: int, height: int, full_size: tuple[int, int] | None = None
+) -> Image.Image:
     """RGB pixels of `box` (left, top, right, bottom, in oriented pixels), resized to width x height.
 
-    One bilinear, antialiased resize from the smallest decoded scale that still has a pixel for each pixel of the result.
+    One bilinear, antialiased resize from the smallest decoded scale that still has a pixel for each pixel of the result. `full_size`:
+    of the original in whose pixels the box is, where the image is a smaller one.
     """
-    full_width, full_height = oriented_size(image)
+    size = oriented_size(image)
+    full_width, full_height = full_size or size
     left, top, right, bottom = box
     if image.format == "JPEG":
-        scale = min((right - left) / width, (bottom - top) / height)
+        x, y = size[0] / full_width, size[1] / full_height
+        scale = min(x * (right - left) / width, y * (bottom - top) / height)
         if scale >= 2:
             image.draft("RGB", (int(image.width / scale), int(image.height / scale)))
     image = to_rgb(ImageOps.exif_transpose(image))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lowmem.data.decode import SUFFIXES
 from lowmem.data.readable import Checked, Tell, check_files
+from lowmem.data.shrunk import Cache
 from lowmem.data.split import Split, packed_split
 from lowmem.errors import LowmemError
 from lowmem.randomness import key
@@ -26,7 +27,7 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains on. `unreadable` files (name, reason) are left out of the splits."""
+    """What a run trains on. `unreadable` files (name, reason) are left out of the splits; `cache` is where its shrunk images are."""
 
     root: Path
     classes: tuple[str, ...]
@@ -35,6 +36,7 @@ class Dataset:
     test: Split | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    cache: Cache | None = None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ class TrainPixels:
     seed: int
 
     def __call__(self, epoch: int, index: int) -> np.ndarray:
-        return augmented(self.split.path(index), self.recipe, self.px, Draws(self.seed, epoch, index))
+        return augmented(self.split.source(index), self.recipe, self.px, Draws(self.seed, epoch, index))
 
     def __reduce__(self) -> tuple[object, ...]:
         """A worker gets the recipe's fields without the library that checks them."""
@@ -41,4 +41,4 @@ class EvalPixels:
     crop_frac: float
 
     def __call__(self, epoch: int, index: int) -> np.ndarray:
-        return evaluated(self.split.path(index), self.px, self.crop_frac)
+        return evaluated(self.split.source(index), self.px, self.crop_frac)

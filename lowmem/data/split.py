@@ -1,20 +1,27 @@
 """The file index of a split, in three arrays, so that a million names cost about 50 MB and no worker copies them by counting references."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lowmem.data.decode import Shrunk
+
+Reader = Callable[[Path, int], Path | Shrunk]
+"""(path, index) -> the file to read, or an image in memory that stands for it."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels in a fixed order: names as one array of bytes, cut at `offsets`; `labels` is int64 [N], -1 where there is none."""
+    """Images and labels in a fixed order: names as one array of bytes, cut at `offsets`; `labels` is int64 [N], -1 where there is none.
+    `reader` None: images are read from their own files."""
 
     root: Path
     packed_paths: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -29,6 +36,11 @@ class Split:
 
     def path(self, index: int) -> Path:
         return self.root / self.name(index)
+
+    def source(self, index: int) -> Path | Shrunk:
+        """What to decode for an image."""
+        path = self.path(index)
+        return path if self.reader is None else self.reader(path, index)
 
     def names(self) -> Iterator[str]:
         return (self.name(index) for index in range(len(self)))

@@ -49,6 +49,14 @@ class DataRecipe(Section):
     """Evaluation keeps this central part of an image whose short side was resized to `px / crop_frac`."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class held out where the data folder has no val/ of its own."""
+    max_side: Annotated[int, Field(ge=0, le=16384)] = 0
+    """Train and evaluate on images shrunk once so that their longer side is at most this (data/shrunk.py); 0: on images as they are."""
+
+    @model_validator(mode="after")
+    def _images_are_not_shrunk_too_far(self) -> "DataRecipe":
+        if 0 < self.max_side < self.train_px:
+            raise ValueError(f"max_side {self.max_side} is less than train_px {self.train_px}; 0 leaves images as they are")
+        return self
 
 
 class AugmentRecipe(Section):

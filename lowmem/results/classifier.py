@@ -21,6 +21,7 @@ from lowmem.errors import LowmemError
 from lowmem.recipe import Recipe
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_SIDE = "lowmem_max_side"
 
 
 class ClassifierInfo(BaseModel):
@@ -37,6 +38,8 @@ class ClassifierInfo(BaseModel):
     std: tuple[float, ...]
     options: dict[str, Any] = {}
     """Arguments of the timm model beside its name."""
+    max_side: int = 0
+    """Longer side to which images were shrunk before anything else (data/shrunk.py); 0: not at all."""
 
 
 def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) -> ClassifierInfo:
@@ -50,6 +53,7 @@ def classifier_info(recipe: Recipe, model: nn.Module, classes: tuple[str, ...]) 
         mean=tuple(model.pretrained_cfg["mean"]),
         std=tuple(model.pretrained_cfg["std"]),
         options=recipe.model.options,
+        max_side=recipe.data.max_side,
     )
 
 
@@ -73,7 +77,7 @@ def save_classifier(folder: Path, model: nn.Module, info: ClassifierInfo) -> Non
         save_for_hf(model, partial, model_config=config, model_args=info.options or None, safe_serialization=True)
     finally:
         contiguous.remove()
-    _set_config(partial / CONFIG, config)
+    _set_config(partial / CONFIG, config, info.max_side)
     _move_into_place(partial, folder, REAL_DISK)
 
 
@@ -115,6 +119,7 @@ def load_classifier(path: Path) -> tuple[nn.Module, ClassifierInfo]:
             crop_frac=facts.get("crop_pct", 1.0),
             mean=tuple(facts["mean"]),
             std=tuple(facts["std"]),
+            max_side=config.get(MAX_SIDE, 0),
         )
         model = timm.create_model(f"local-dir:{folder.resolve().as_posix()}", pretrained=True)
     except Exception as error:  # a damaged folder provokes any error in json, safetensors and timm
@@ -146,9 +151,11 @@ def _make_contiguous(model: nn.Module, state: dict[str, Tensor], prefix: str, me
         state[name] = tensor.contiguous()
 
 
-def _set_config(path: Path, facts: dict[str, object]) -> None:
-    """timm's writer leaves out some of the facts that its reader takes."""
+def _set_config(path: Path, facts: dict[str, object], max_side: int) -> None:
+    """timm's writer leaves out some of the facts that its reader takes; `max_side` is ours, and timm passes it over."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["num_classes"] = facts["num_classes"]
     config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | facts
+    if max_side:
+        config[MAX_SIDE] = max_side
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.data.folder import Dataset
+from lowmem.data.shrunk import Cache
 from lowmem.disk import REAL_DISK, Disk, replace_file, writing
 from lowmem.errors import LowmemError
 from lowmem.machine import Machine
@@ -80,7 +81,9 @@ class RunFolder:
         return self.path / "run.lock"
 
     def write_facts(self, recipe: Recipe, plan: Plan, machine: Machine, dataset: Dataset) -> None:
-        facts = {"root": str(dataset.root), "fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
+        facts: dict[str, Any] = {"root": str(dataset.root), "fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
+        if dataset.cache is not None:
+            facts["cache"] = [str(dataset.cache.folder), dataset.cache.limit_bytes]
         with writing(self.path, "the facts of the run"):
             self.write_plan(plan)
             replace_file(self.machine, machine.model_dump_json(indent=2) + "\n")
@@ -122,6 +125,11 @@ class RunFolder:
     def data_fingerprint(self) -> str:
         """The fingerprint of the images that the run was started with."""
         return str(json.loads(self.data.read_text(encoding="utf-8"))["fingerprint"])
+
+    def cache(self) -> Cache | None:
+        """Where the run was started to keep its shrunk images; None where it was started with images as they are."""
+        kept = json.loads(self.data.read_text(encoding="utf-8")).get("cache")
+        return None if kept is None else Cache(Path(kept[0]), kept[1])
 
     def check_same_data(self, dataset: Dataset, fingerprint: str) -> None:
         """Raises LowmemError with the difference where the images are not those that the run was started with."""

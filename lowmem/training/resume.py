@@ -29,6 +29,7 @@ from lowmem.training.run import Run
 from lowmem.training.start import (
     TrainRequest,
     assemble,
+    cache_for,
     first_run_state,
     open_data,
     parse_cadence,
@@ -74,6 +75,8 @@ class ResumeRequest:
     data: Path | None = None
     overrides: tuple[str, ...] = ()
     checkpoint_every: str = "10m"
+    cache: Path | None = None
+    cache_bytes: str | None = None
 
 
 def resume_run(request: ResumeRequest) -> int:
@@ -90,7 +93,8 @@ def resume_run(request: ResumeRequest) -> int:
         where, checkpoint = _newest(checkpoints, progress)
         before = checkpoint.state.recipe if checkpoint else folder.read_recipe()
         recipe = changed_recipe(before, request.overrides, checkpoint.state.step if checkpoint else 0)
-        dataset = open_data(recipe, request.data or folder.data_root(), progress)
+        cache = cache_for(recipe, request.cache, request.cache_bytes, folder.cache())
+        dataset = open_data(recipe, request.data or folder.data_root(), progress, cache)
         folder.check_same_data(dataset, checkpoint.state.dataset if checkpoint else folder.data_fingerprint())
         old_plan = folder.read_plan()
         device = choose_device(request.device or old_plan.device)

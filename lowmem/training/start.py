@@ -13,6 +13,8 @@ from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.data.folder import Dataset, embedded_images, open_dataset
 from lowmem.data.loader import Loader
 from lowmem.data.pixels import EvalPixels, TrainPixels
+from lowmem.data.prepared import detail_warning, open_cache, with_prepared
+from lowmem.data.shrunk import Cache
 from lowmem.data.workers import open_workers
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device, describe, this_machine
@@ -69,6 +71,8 @@ class TrainRequest:
     workers: int | None = None
     layouts: str = "default"
     compile: str = "none"
+    cache: Path | None = None
+    cache_bytes: str | None = None
 
 
 def train_new_run(request: TrainRequest) -> int:
@@ -84,7 +88,8 @@ def train_new_run(request: TrainRequest) -> int:
     recipe = recipe.model_copy(update={"amp": settle_amp(recipe.amp, spec)})
     with ExitStack() as stack:
         progress = stack.enter_context(open_progress())
-        dataset = open_data(recipe, request.data, progress)
+        cache = cache_for(recipe, request.cache, request.cache_bytes)
+        dataset = open_data(recipe, request.data, progress, cache)
         plan = plan_for(request, recipe, spec, device, dataset, progress.say)
         model, loaded = initialised_model(recipe.model, len(dataset.classes), recipe.seed)
         if request.layouts == "measured":
@@ -127,7 +132,22 @@ def parse_cadence(text: str) -> tuple[float, int]:
     return float(match[1]) * {"h": 3600, "m": 60, "s": 1}[match[2]], 0
 
 
-def open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset:
+def cache_for(recipe: Recipe, folder: Path | None, limit: str | None, before: Cache | None = None) -> Cache | None:
+    """Where a recipe's shrunk images are kept, `before` for a run that goes on; raises LowmemError where a place is given and the
+    recipe shrinks none."""
+    if recipe.data.max_side:
+        return open_cache(folder, limit, before)
+    for option, given in (("--cache", folder), ("--cache-bytes", limit)):
+        if given is not None:
+            raise LowmemError(
+                f"{option}: this recipe reads images as they are, and keeps none. To train on images shrunk once, say how far, as in "
+                f"--set data.max_side={2 * recipe.data.train_px} (the longer side, in pixels)."
+            )
+    return None
+
+
+def open_data(recipe: Recipe, data: Path | None, progress: Progress, cache: Cache | None = None) -> Dataset:
+    """The images of a recipe, told about and, where it says so, shrunk once into the cache (by default the user's own)."""
     root = (data or embedded_images()).resolve()
     dataset = open_dataset(root, recipe.data.val_fraction, recipe.seed, progress.checking)
     counts = dataset.train.counts(len(dataset.classes))
@@ -143,7 +163,12 @@ def open_data(recipe: Recipe, data: Path | None, progress: Progress) -> Dataset:
         raise LowmemError(
             f"There are {len(dataset.train)} training images, fewer than one batch of {recipe.batch.size}. Use --set batch.size={len(dataset.train)} or less."
         )
-    return dataset
+    if not recipe.data.max_side:
+        return dataset
+    told = detail_warning(recipe.data)
+    if told:
+        progress.warn(told)
+    return with_prepared(dataset, recipe.data.max_side, cache or open_cache(), progress.shrinking)
 
 
 def plan_for(
