@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def main() -> None:
     chosen = options.parse_args()
     rows = [measured(chosen, threads) for threads in sorted({1, torch.get_num_threads()})]
     report = {
-        "command": "python benchmarks/checkpointing.py",
+        "command": "python " + " ".join(sys.argv),
         "machine": this_machine().model_dump(),
         "recipe": chosen.recipe,
         "batch": chosen.batch,

@@ -23,6 +23,7 @@ from lowmem.training.checkpoint import Checkpoint, Checkpoints, Tensors
 from lowmem.training.engine import Engine
 from lowmem.training.state import RunState
 
+NICENESS = 10
 Written = Callable[[Path, float, int], None]
 """(checkpoint, seconds, bytes of the host buffer): told of each checkpoint that is on the disk, by the thread that wrote it."""
 
@@ -119,10 +120,11 @@ class Saver:
 
 
 def _yield_to_training() -> None:
-    """The calling thread takes a core only when nobody else wants it; Linux alone has priorities of threads for everybody."""
+    """The calling thread takes a tenth of a core where all are wanted: less, and a save would still run when the next one is due.
+    Linux alone has priorities of threads for everybody."""
     if sys.platform.startswith("linux"):
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def refuse_not_finite(checkpoint: Checkpoint) -> None:
