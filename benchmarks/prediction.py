@@ -139,7 +139,7 @@ def policies(network: FakeNetwork, trace: StepTrace, plan: Plan, kind: str) -> d
         if signature not in known:
             options = [
                 option.policy
-                for option in block_options(network, path, trace.blocks[path], plan, Clock(CPU), offload=False)
+                for option in block_options(network, path, trace.blocks[path], plan, Clock(CPU), copy_s=None)
             ]
             known[signature] = max(
                 (o for o in options if o.recompute == "selective"), key=lambda o: len(o.keep), default=RECOMPUTE_ALL

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.data.synthetic import random_batches
-from lowmem.memory import activations
+from lowmem.memory import activations, offload
 from lowmem.memory.batchnorm import has_live_batchnorm
 from lowmem.memory.dropout import draws_random_numbers
 from lowmem.planning.blocks import find_blocks
@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in set(VARIANTS) - set(options.variants):
         del VARIANTS[name]
-    activations.MIN_OFFLOAD_BYTES = 1024  # small images: everything travels
+    offload.MIN_OFFLOAD_BYTES = 1024  # small images: everything travels
     if options.device != "cpu":
         torch.use_deterministic_algorithms(True, warn_only=True)
     started = time.perf_counter()

@@ -49,7 +49,6 @@ def row_cells(row: Row, bench: BenchFile) -> tuple[str, ...]:
         return (*start, "waits", *[""] * (len(HEADS) - 3))
     joules = row.joules_per_image(bench.recipe.batch.size)
     prediction = row.plan.prediction
-    policies = row.plan.blocks.values()
     return (
         *start,
         f"{row.step_s.median:.3f}",
@@ -61,7 +60,7 @@ def row_cells(row: Row, bench: BenchFile) -> tuple[str, ...]:
         format_size(prediction.peak.total) if prediction else "",
         "" if joules is None else f"{joules:.2f}",
         str(row.plan.micro_batch),
-        f"{sum(policy.recompute != 'none' for policy in policies)}/{row.plan.num_blocks}",
+        f"{row.plan.num_recomputed}/{row.plan.num_blocks}",
         format_size(prediction.host_bytes) if prediction and prediction.host_bytes else "-",
         row.plan.optimizer.replace("_", ", "),
     )

@@ -9,7 +9,7 @@ Ordinals count those operations in the block's forward pass. An output that is c
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,11 +21,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.errors import LowmemError
+from lowmem.memory import offload
+from lowmem.memory.again import is_whole
 from lowmem.memory.batchnorm import batchnorms, recomputing
 from lowmem.memory.dropout import draws_random_numbers, mask_mode
-from lowmem.memory.offload import MIN_OFFLOAD_BYTES, Group, HostStore, Ticket
+from lowmem.memory.offload import Group, HostStore, Ticket
+from lowmem.memory.saved import SavedTensors
 from lowmem.phases import phase
-from lowmem.planning.plan import BlockPolicy
+from lowmem.planning.plan import KEEP_ALL, STEM, BlockPolicy
 
 aten = torch.ops.aten
 KEEPABLE_OPS = {
@@ -48,6 +51,8 @@ class PolicyHandle:
 
     blocks: list[nn.Module] = field(default_factory=list)
     store: HostStore | None = None
+    stem: ExitStack = field(default_factory=ExitStack)
+    """What ends when the first block begins."""
 
     def remove(self) -> None:
         for block in self.blocks:
@@ -80,11 +85,35 @@ def apply_policies(model: nn.Module, policies: dict[str, BlockPolicy]) -> Policy
             raise LowmemError(
                 f"The plan names a block {path!r} that this model does not have: it was made for another model."
             ) from None
-        if policy == BlockPolicy() and handle.store is None:
+        if policy == KEEP_ALL and handle.store is None and STEM not in policies:
             continue
-        block.forward = partial(_RUN[policy.recompute], block, block.forward, policy, handle.store)
+        run = _run_stem if path == STEM else _run_block
+        block.forward = partial(run, handle, block, block.forward, policy)
         handle.blocks.append(block)
     return handle
+
+
+def _run_stem(
+    handle: PolicyHandle, model: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, *args: Any, **kwargs: Any
+) -> Any:
+    """The whole network; what it saves before its first block is under the policy."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if handle.store is not None:
+        handle.store.begin_block()
+    if policy.again or policy.offloads:
+        handle.stem.enter_context(SavedTensors(model, policy, handle.store).watching())
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        handle.stem.close()
+
+
+def _run_block(
+    handle: PolicyHandle, block: nn.Module, forward: Callable[..., Any], policy: BlockPolicy, *args: Any, **kwargs: Any
+) -> Any:
+    handle.stem.close()
+    return _RUN[policy.recompute](block, forward, policy, handle.store, *args, **kwargs)
 
 
 def _run_none(
@@ -95,14 +124,14 @@ def _run_none(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if not torch.is_grad_enabled() or store is None:
+    if not torch.is_grad_enabled() or not (store is not None or policy.again):
         return forward(*args, **kwargs)
-    group = store.begin_block()
-    if not policy.offloads:
+    group = store.begin_block() if store is not None else None
+    if not policy.offloads and not policy.again:
         return _announced(forward(*args, **kwargs), store, group)
-    saved = SavedTensors(block, policy, store)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        return forward(*args, **kwargs)
+    with SavedTensors(block, policy, store).watching():
+        output = forward(*args, **kwargs)
+    return output if policy.offloads and not policy.again else _announced(output, store, group)
 
 
 def _run_full(
@@ -220,7 +249,7 @@ class _Keep(TorchDispatchMode):
         # A tensor that is returned from here gets autograd's history attached; what is kept must not carry the graph.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             plain = tensor.detach()
-        if to_host and self.store is not None and tensor.nbytes >= MIN_OFFLOAD_BYTES and _is_whole(plain):
+        if to_host and self.store is not None and tensor.nbytes >= offload.MIN_OFFLOAD_BYTES and is_whole(plain):
             return _Kept(self.store.put(plain), plain._version)
         return _Kept(plain, plain._version)
 
@@ -263,43 +292,7 @@ class _Kept:
     version: int
 
 
-class SavedTensors:
-    """Hooks that send what one block saves for its backward pass to the host: all of it, or the storages of some ordinals."""
-
-    def __init__(self, block: nn.Module, policy: BlockPolicy, store: HostStore | None) -> None:
-        self.store = store
-        self.wanted = None if policy.host == "all" else set(policy.host)
-        self.own = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *block.buffers())}
-        self.ordinals: dict[int, int] = {}
-        """By the address of the storage, in the order in which they are first saved."""
-        self.sizes: dict[int, int] = {}
-        self.in_parts: set[int] = set()
-        """Storages of which a view is saved, too: they stay on the device."""
-
-    def pack(self, tensor: Tensor) -> Tensor | Ticket:
-        address = tensor.untyped_storage()._cdata
-        if address in self.own or isinstance(tensor, nn.Parameter) or tensor.nbytes < MIN_OFFLOAD_BYTES:
-            return tensor
-        if not _is_whole(tensor):
-            self.in_parts.add(address)
-            return tensor
-        ordinal = self.ordinals.setdefault(address, len(self.ordinals))
-        self.sizes[address] = tensor.nbytes
-        if self.store is None or (self.wanted is not None and ordinal not in self.wanted):
-            return tensor
-        return self.store.put(tensor.detach())
-
-    def unpack(self, packed: Tensor | Ticket) -> Tensor:
-        return self.store.get(packed) if isinstance(packed, Ticket) and self.store is not None else packed
-
-
 def _draws_mask(func: Any, args: Any, kwargs: Any) -> bool:
     """Attention with dropout in its kernel: it must run again, so that the masks after it are drawn as before."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args)) | (kwargs or {})
     return bool(named.get("dropout_p", 0.0))
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage, in whatever order of axes and without overlap."""
-    overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0 and not overlaps

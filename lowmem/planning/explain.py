@@ -84,7 +84,7 @@ def _runs(plan: Plan) -> list[tuple[str, str]]:
     """What is done to blocks, as (words, "layer3.0 to layer3.5 (6 blocks), layer4.1"), in the order of the blocks."""
     places: dict[str, list[str]] = {}
     for words, members in groupby(plan.blocks.items(), key=lambda item: _policy_in_words(item[1])):
-        paths = [path for path, _ in members]
+        paths = [path or "what comes before the first block" for path, _ in members]
         name = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
         places.setdefault(words, []).append(name)
     places.pop(_policy_in_words(KEEP_ALL), None)
@@ -96,6 +96,8 @@ def _policy_in_words(policy: BlockPolicy) -> str:
         return "keeps only its input and is run again in the backward pass"
     if policy.recompute == "none":
         where = "" if not policy.offloads else " in host memory" if policy.host == "all" else ", a part in host memory"
+        if policy.again:
+            return f"some tensors are run again in the backward pass, each when it is needed; the rest is kept{where}"
         return f"keeps everything{where}"
     where = (
         "" if not policy.offloads else ", in host memory," if policy.host in ("all", policy.keep) else ", some in host memory,"

@@ -96,15 +96,14 @@ def _step_s(plan: Plan) -> float:
 def _row(vram_bytes: int, tensor_bytes: int, plan: Plan | None) -> FrontierRow:
     if plan is None or plan.prediction is None:
         return FrontierRow(vram_bytes, tensor_bytes)
-    policies = plan.blocks.values()
     return FrontierRow(
         vram_bytes,
         tensor_bytes,
         plan.prediction.peak.total,
         plan.prediction.step_s,
         plan.prediction.baseline_step_s,
-        sum(policy.recompute != "none" for policy in policies),
-        sum(policy.offloads for policy in policies),
+        plan.num_recomputed,
+        plan.num_offloaded,
         plan.num_blocks,
         plan.prediction.host_bytes,
         plan.optimizer,

@@ -15,8 +15,9 @@ from lowmem.planning.devices import DeviceSpec, settle_amp
 from lowmem.planning.measure import measured_times, times_file
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import Option, block_options, block_signature
-from lowmem.planning.plan import Budget, Exactness, LoaderPlan, Placement, Plan
-from lowmem.planning.timing import Clock
+from lowmem.planning.plan import STEM, Budget, Exactness, LoaderPlan, Placement, Plan
+from lowmem.planning.solve import Problem
+from lowmem.planning.timing import Clock, hidden_copy_seconds
 from lowmem.planning.trace import BlockMoments, StepTrace, trace_step
 from lowmem.recipe import Recipe
 
@@ -38,6 +39,7 @@ class Planning:
     network: FakeNetwork | None = None
     traces: dict[tuple[int, Placement], StepTrace] = field(default_factory=dict)
     options: dict[int, list[list[Option]]] = field(default_factory=dict)
+    problems: dict[tuple[int, Placement], Problem] = field(default_factory=dict)
     rungs: dict[int, Any] = field(default_factory=dict)
     """Plans by their rung of the ladder of limits."""
 
@@ -93,18 +95,27 @@ class Planning:
         path = times_file(device, plan.memory_format)
         self.clock = Clock(self.spec, measured_times(kinds, plan, device, path, say=say))
 
+    def bound_fracs(self, plan: Plan) -> tuple[float, float]:
+        """The shares of the unconstrained forward and backward pass in which kernels wait for the device's memory."""
+        trace = self.trace(plan)
+        forward, backward = trace.ops[: trace.num_forward_ops], trace.ops[trace.num_forward_ops :]
+        return self.clock.bandwidth_bound_frac(forward), self.clock.bandwidth_bound_frac(backward)
+
+    def _copy_seconds(self, plan: Plan) -> float:
+        """What a byte that goes to host memory and back takes from the kernels behind which it travels."""
+        return sum(hidden_copy_seconds(1, self.spec, frac) for frac in self.bound_fracs(plan))
+
     def block_options(self, plan: Plan) -> list[list[Option]]:
-        """Options of each block in forward order, traced once for blocks that are the same."""
+        """Options of the stem and each block in forward order, traced once for blocks that are the same."""
         if plan.micro_batch not in self.options:
             trace, known = self.trace(plan), {}
+            copy_s = self._copy_seconds(plan) if self.spec.kind == "cuda" else None
             found = []
-            for path in usable_blocks(trace):
+            for path in usable_units(trace):
                 moments = trace.blocks[path]
-                signature = block_signature(self.network.blocks[path], moments)
+                signature = path if path == STEM else block_signature(self.network.blocks[path], moments)
                 if signature not in known:
-                    known[signature] = block_options(
-                        self.network, path, moments, plan, self.clock, self.spec.kind == "cuda"
-                    )
+                    known[signature] = block_options(self.network, path, moments, plan, self.clock, copy_s)
                 found.append(known[signature])
             self.options[plan.micro_batch] = found
         return self.options[plan.micro_batch]
@@ -113,6 +124,12 @@ class Planning:
 def usable_blocks(trace: StepTrace) -> list[str]:
     """Blocks that run once in a forward pass and have a backward pass, in forward order."""
     return [path for path in trace.order if trace.blocks[path].num_calls == 1 and trace.blocks[path].backward_start]
+
+
+def usable_units(trace: StepTrace) -> list[str]:
+    """What a plan may have a policy for: the stem, where one ran, and the blocks."""
+    stem = trace.blocks.get(STEM)
+    return [*([STEM] if stem and stem.num_calls == 1 and stem.backward_start else []), *usable_blocks(trace)]
 
 
 def with_budget(planning: Planning, spec: DeviceSpec, vram_bytes: int) -> Planning:

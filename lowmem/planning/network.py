@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.planning.blocks import find_blocks
+from lowmem.planning.plan import STEM
 from lowmem.planning.shapes import ShapeMode
+from lowmem.planning.stem import Stem
 from lowmem.recipe import Recipe
 from lowmem.training.model import build_model, freeze_batchnorm
 
@@ -33,6 +35,11 @@ class FakeNetwork:
         self.model = self._converted(self._built(real_build))
         self.training_mode()
         self.blocks = find_blocks(self.model)
+        self.first_block = ""
+
+    def unit(self, path: str) -> nn.Module:
+        """A block, or the stem, whose end is known once a step was traced."""
+        return Stem(self.model, self.blocks[self.first_block]) if path == STEM else self.blocks[path]
 
     def training_mode(self) -> None:
         self.model.train()

@@ -35,6 +35,8 @@ class BlockPolicy(Frozen):
     host: Literal["none", "all"] | tuple[int, ...] = "none"
     """Which of the kept tensors live in pinned host memory between forward and backward. For `selective`, ordinals out of
     `keep`; for `none`, ordinals of the block's saved storages in the order in which they are saved. Not for `full`."""
+    again: tuple[int, ...] = ()
+    """For `none`: saved storages, by ordinal, that are not kept but made again from the others, each when it is needed."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "BlockPolicy":
@@ -42,11 +44,20 @@ class BlockPolicy(Frozen):
             raise ValueError("keep is for selective recomputation only")
         if self.recompute == "full" and self.host != "none":
             raise ValueError("a fully recomputed block keeps nothing that could be offloaded")
+        if self.again and self.recompute != "none":
+            raise ValueError("again names single tensors of a block that is not recomputed as a whole")
+        if self.offloads and (self.again and self.host == "all" or set(self.again) & set(self.host)):
+            raise ValueError("what is made again is not in host memory")
         return self
 
     @property
     def offloads(self) -> bool:
         return self.host not in ("none", ())
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether anything in the block is run again."""
+        return self.recompute != "none" or bool(self.again)
 
     def __str__(self) -> str:
         kept = f" keeping {','.join(map(str, self.keep))}" if self.recompute == "selective" else ""
@@ -57,10 +68,13 @@ class BlockPolicy(Frozen):
             if self.host == "all"
             else f" offload {','.join(map(str, self.host))}"
         )
-        return f"{self.recompute}{kept}{host}"
+        again = f" again {','.join(map(str, self.again))}" if self.again else ""
+        return f"{self.recompute}{kept}{again}{host}"
 
 
 KEEP_ALL = BlockPolicy()
+STEM = ""
+"""Stands among the paths of blocks for what a network computes before its first block."""
 RECOMPUTE_ALL = BlockPolicy(recompute="full")
 
 
@@ -153,7 +167,8 @@ class Plan(Frozen):
     micro_batch: Count
     """Images per forward pass."""
     blocks: dict[str, BlockPolicy] = {}
-    """Policies by the block's path in the model; a block that is not named keeps everything."""
+    """Policies by the block's path in the model, and by "" for what is computed before the first block; a block that is not named
+    keeps everything. Where one offloads or the stem has a policy, all are named."""
     num_blocks: Annotated[int, Field(ge=0)] = 0
     """How many blocks the model has."""
     optimizer: Placement = "device"
@@ -176,6 +191,15 @@ class Plan(Frozen):
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
     """The plan in words, a sentence each."""
+
+    @property
+    def num_recomputed(self) -> int:
+        """Blocks of which anything is run again."""
+        return sum(policy.recomputes for path, policy in self.blocks.items() if path != STEM)
+
+    @property
+    def num_offloaded(self) -> int:
+        return sum(policy.offloads for path, policy in self.blocks.items() if path != STEM)
 
     def policy(self, block: str) -> BlockPolicy:
         return self.blocks.get(block, KEEP_ALL)

@@ -1,9 +1,10 @@
 """The cheapest plan under one limit: the program of solve.py for each placement and micro-batch, its answer traced as a whole."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
-from lowmem.planning.known import Planning, host_state_bytes, usable_blocks
-from lowmem.planning.plan import KEEP_ALL, Placement, Plan
+from lowmem.planning.known import Planning, host_state_bytes, usable_units
+from lowmem.planning.plan import KEEP_ALL, STEM, Placement, Plan
 from lowmem.planning.solve import BlockTerm, Problem, Solution, cheapest, least_extra_s
 from lowmem.planning.timing import ema_seconds, link_seconds, optimizer_seconds
 from lowmem.planning.trace import StepTrace, optimizer_bytes, trace_step
@@ -16,7 +17,7 @@ GOOD_ENOUGH = 0.025
 ALLOWANCES = (0.0, 0.02, 0.05)
 """How far above the limit, as a share of it, a mix may be in the program's eyes and still be traced."""
 LINK_SHARE = 0.9
-"""How much of the forward pass copies to the host may fill; what would not fit would make the device wait."""
+"""How much of the kernels' time the link is expected to work; for what does not fit, the device waits."""
 IN_BACKWARD_S = 3e-4
 """What the many small updates of the optimizer in the backward pass add to a step."""
 
@@ -104,9 +105,16 @@ def _first_solution(program: Problem, limit_bytes: int) -> Solution | None:
 
 
 def problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placement) -> Problem:
-    """The program's figures, with the optimizer's state and the gradients where the placement has them."""
+    """The program's figures, with the optimizer's state and the gradients where the placement has them; made once."""
+    key = base.micro_batch, placement
+    if key not in planning.problems:
+        planning.problems[key] = _problem(planning, base, trace, placement)
+    return planning.problems[key]
+
+
+def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placement) -> Problem:
     moved = optimizer_bytes(planning.named, placement) - optimizer_bytes(planning.named, "device")
-    paths = usable_blocks(trace)
+    paths = usable_units(trace)
     later = _later_gradients(planning, paths) if placement.endswith("backward") else dict.fromkeys(paths, 0)
     terms = [
         BlockTerm(
@@ -114,28 +122,54 @@ def problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placeme
             options,
             trace.blocks[path].forward_start + moved,
             trace.blocks[path].backward_start + moved - later[path],
+            leaves_s,
+            returns_s,
         )
-        for path, options in zip(paths, planning.block_options(base))
+        for path, options, (leaves_s, returns_s) in zip(
+            paths, planning.block_options(base), _link_windows(planning, trace, paths, placement)
+        )
     ]
-    step_s = planning.clock.seconds(trace.ops)
-    forward_s = planning.clock.seconds(trace.ops[: trace.num_forward_ops])
-    hidden_bytes = int(LINK_SHARE * forward_s * planning.spec.host_link)
     host_limit = max(0, planning.ram_bytes - host_state_bytes(planning, placement))
     return Problem(
         terms,
         trace.elsewhere_forward_peak + moved,
-        hidden_bytes,
         host_limit,
-        2 * link_seconds(1, planning.spec),
-        step_s,
+        link_seconds(1, planning.spec),
+        planning.clock.seconds(trace.ops),
     )
+
+
+def _link_windows(
+    planning: Planning, trace: StepTrace, paths: list[str], placement: Placement
+) -> list[tuple[float, float]]:
+    """`leaves_s` and `returns_s` of each block: what it sends is released when the second block after it starts, and fetched when
+    the backward pass of the block after it starts."""
+    passed = list(accumulate((planning.clock.op_seconds(op) for op in trace.ops), initial=0.0))
+    moments = [trace.blocks[path] for path in paths]
+    starts = [passed[m.forward_op] for m in moments] + 2 * [passed[trace.num_forward_ops]]
+    ends = [passed[m.backward_op] for m in moments]
+    found = []
+    for number, path in enumerate(paths):
+        last = number + 1 == len(paths)
+        behind_s = 0.0 if last else ends[number] - ends[number + 1] - _moments_seconds(planning, paths[number + 1], placement)
+        found.append((LINK_SHARE * starts[number + 2], max(0.0, LINK_SHARE * behind_s)))
+    return found
+
+
+def _moments_seconds(planning: Planning, path: str, placement: Placement) -> float:
+    """How long the link is taken by the optimizer's state of a block, one way."""
+    if placement != "host_backward":
+        return 0.0
+    return link_seconds(2 * _trained_bytes(planning, path), planning.spec)
+
+
+def _trained_bytes(planning: Planning, path: str) -> int:
+    return 0 if path == STEM else sum(p.nbytes for p in planning.network.blocks[path].parameters() if p.requires_grad)
 
 
 def _later_gradients(planning: Planning, paths: list[str]) -> dict[str, int]:
     """Bytes of gradients that the optimizer in the backward pass has freed when a block's backward starts."""
-    sizes = {
-        path: sum(p.nbytes for p in planning.network.blocks[path].parameters() if p.requires_grad) for path in paths
-    }
+    sizes = {path: _trained_bytes(planning, path) for path in paths}
     last_to_first, freed, result = list(reversed(paths)), 0, {}
     for path in last_to_first:
         result[path] = freed
@@ -150,27 +184,22 @@ def placements(planning: Planning) -> list[Placement]:
     return ["device", "host"] if everything_at_once or accumulates else ["device", "backward", "host_backward"]
 
 
-def _placement_seconds(planning: Planning, placement: Placement) -> float:
-    return IN_BACKWARD_S if placement.endswith("backward") else 0.0
-
-
 def step_seconds(planning: Planning, trace: StepTrace, plan: Plan, extra_s: float) -> float:
     """Forward and backward passes of every part, and the update."""
     num_parts = -(-planning.recipe.batch.size // plan.micro_batch)
     traced_parts = min(2, num_parts)
     num_parameters = sum(p.numel() for p in planning.named.values())
-    update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec) + _placement_seconds(
-        planning, plan.optimizer
-    )
+    bound_frac = planning.bound_fracs(planning.base_plan(plan.micro_batch))[1]
+    update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec, bound_frac)
+    update_s += IN_BACKWARD_S if plan.optimizer.endswith("backward") else 0.0
     average_s = ema_seconds(ema_bytes(planning.network.model, planning.recipe.ema), planning.spec)
     return num_parts * (planning.clock.seconds(trace.ops) / traced_parts + extra_s) + update_s + average_s
 
 
 def policies(program: Problem, solution: Solution) -> dict:
-    """Policies by block. Where one offloads, all are named: each tells the host store when it begins."""
-    offloads = any(option.policy.offloads for option in solution.chosen)
-    return {
-        block.path: option.policy
-        for block, option in zip(program.blocks, solution.chosen)
-        if offloads or option.policy != KEEP_ALL
-    }
+    """Policies by block. Where one offloads, all are named, as each tells the host store when it begins; and where the stem has one,
+    whose end is the beginning of the first."""
+    chosen = {block.path: option.policy for block, option in zip(program.blocks, solution.chosen)}
+    if chosen.get(STEM, KEEP_ALL) != KEEP_ALL or any(policy.offloads for policy in chosen.values()):
+        return chosen
+    return {path: policy for path, policy in chosen.items() if policy != KEEP_ALL}

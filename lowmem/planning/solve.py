@@ -2,10 +2,12 @@
 
 One binary variable for each option of each block; exactly one is chosen in each block. The live bytes at the start of a block are
 those of the traced unconstrained step, less what earlier blocks save by their options; a block's own peak comes on top. What
-a block sends to the host is released one block later, and comes back while the block after it runs its backward pass.
+a block sends to the host is released one block later, and comes back while the block after it runs its backward pass; where the
+link to the host is too slow for that, the kernels wait, and the mix is charged with it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -27,32 +29,43 @@ NODE_LIMIT = 300
 TIME_LIMIT_S = 60.0
 MAX_ROUNDINGS = 1024
 """Mixes tried in rounding the relaxation, whose optimum is in whole numbers but for a few blocks."""
+TIGHTER = (0.995, 0.99)
+"""Shares of the limit within which the relaxation is rounded, too."""
 TIE_BREAK_S_PER_BYTE = 1e-15
 """Of two mixes that cost the same, the one that keeps less; a microsecond for a GiB."""
 
 
 @dataclass(frozen=True)
 class BlockTerm:
-    """A block's options, and live bytes at its start in the unconstrained step. `options[0]` keeps everything."""
+    """A block's options, and live bytes at its start in the unconstrained step. `options[0]` keeps everything.
+
+    What the block sends to the host has left `leaves_s` after the step began, or the kernels wait for it; it comes back
+    behind `returns_s` of kernels, those of the block after it.
+    """
 
     path: str
     options: list[Option]
     forward_start: int
     backward_start: int
+    leaves_s: float = 0.0
+    returns_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Blocks in forward order; `head_peak` is the most between the last block's forward and backward pass. Of the bytes
-    sent to the host, `hidden_bytes` travel behind the kernels; each one beyond them costs `open_copy_s`, up to `host_limit`."""
+    """Blocks in forward order; `head_peak` is the most between the last block's forward and backward pass. A byte takes `copy_s` on its
+    way to the host or back; there is room for `host_limit` of them. `step_s` is the unconstrained step, to which the search's
+    precision is relative."""
 
     blocks: list[BlockTerm]
     head_peak: int
-    hidden_bytes: int
     host_limit: int
-    open_copy_s: float
+    copy_s: float
     step_s: float
-    """The unconstrained step, to which the search's precision is relative."""
+
+    @cached_property
+    def system(self) -> "System":
+        return System(self)
 
 
 @dataclass(frozen=True)
@@ -65,35 +78,44 @@ class Solution:
 
 def cheapest(problem: Problem, limit_bytes: int) -> Solution | None:
     """The mix with the least added time whose every peak is within the limit; None where there is none."""
-    system = _System(problem)
-    costs = [option.extra_s + TIE_BREAK_S_PER_BYTE * option.kept for option in system.options]
-    return system.solve(system.costs(costs, 0.0), limit_bytes)
+    system = problem.system
+    return system.solve(system.costs(system.seconds + TIE_BREAK_S_PER_BYTE * system.kept, 0.0), limit_bytes)
 
 
 def least_extra_s(problem: Problem, limit_bytes: int) -> float | None:
     """A bound: no mix within the limit adds less time; None where there is none."""
-    system = _System(problem)
-    return system.bound(system.costs([option.extra_s for option in system.options], 0.0), limit_bytes)
+    system = problem.system
+    return system.bound(system.costs(system.seconds, 0.0), limit_bytes)
 
 
 def leanest(problem: Problem) -> Solution | None:
     """The mix with the smallest peak, whatever it costs."""
-    system = _System(problem)
-    return system.solve(system.costs([1e-3 * option.extra_s for option in system.options], 1.0), None)
+    system = problem.system
+    return system.solve(system.costs(1e-3 * system.seconds, 1.0), None)
 
 
-class _System:
-    """Variables: an option each, in order of the blocks; then the peak in MiB, and the MiB sent to the host beyond what hides."""
+class System:
+    """Variables: an option each, in order of the blocks; then the peak in MiB, and the MiB for whose way to the host kernels wait."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.options = [option for block in problem.blocks for option in block.options]
         self.starts = np.cumsum([0] + [len(block.options) for block in problem.blocks])
+        self.kept = np.array([option.kept for option in self.options], dtype=float)
+        self.to_host = np.array([option.host for option in self.options]) / MIB
+        self.seconds = np.array(
+            [
+                option.extra_s + max(0.0, option.host * problem.copy_s - block.returns_s)
+                for block in problem.blocks
+                for option in block.options
+            ]
+        )
         self.peaks, self.constants = self._peak_rows()
+        self.queue, self.in_time = self._queue_rows()
         self.constraints = self._constraints()
 
-    def costs(self, option_costs: list[float], peak_cost: float) -> np.ndarray:
-        return np.array([*option_costs, peak_cost, self.problem.open_copy_s * MIB])
+    def costs(self, option_costs: np.ndarray, peak_cost: float) -> np.ndarray:
+        return np.array([*option_costs, peak_cost, self.problem.copy_s * MIB])
 
     def bound(self, costs: np.ndarray, limit_bytes: int) -> float | None:
         """The optimum of the relaxation."""
@@ -103,8 +125,8 @@ class _System:
         return None if relaxed is None else float(costs @ relaxed)
 
     def solve(self, costs: np.ndarray, limit_bytes: int | None) -> Solution | None:
-        """Relaxed first; then rounded, where that is good enough; else in whole numbers, first among the options that the
-        relaxation uses for blocks of the same kind."""
+        """Relaxed and rounded first, within the limit or a little less; where that is not good enough, in whole numbers, first
+        among the options that the relaxation uses for blocks of the same kind."""
         if not self.problem.blocks:
             fits = limit_bytes is None or self.problem.head_peak <= limit_bytes
             return Solution([], self.problem.head_peak, 0.0) if fits else None
@@ -113,16 +135,30 @@ class _System:
         if relaxed is None:
             return None
         good_enough = GAP_PEAK_FRAC * costs[-2] * relaxed[-2] if costs[-2] else GAP_S_FRAC * self.problem.step_s
-        gap = good_enough / max(float(costs @ relaxed), good_enough)
-        rounded = self._rounded(relaxed, costs, upper)
-        if rounded is not None and costs @ rounded <= costs @ relaxed + good_enough:
+        least = float(costs @ relaxed)
+        rounded = self._rounded_near(relaxed, costs, upper, least + good_enough)
+        if rounded is not None and costs @ rounded <= least + ENOUGH_OF_KIND * good_enough:
             return self._solution(rounded)
+        gap = good_enough / max(least, good_enough)
         found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), gap)
-        if found is None or costs @ found > costs @ relaxed + ENOUGH_OF_KIND * good_enough:
-            wider = self._run(costs, upper, gap)
-            found = wider if wider is not None and (found is None or costs @ wider < costs @ found) else found
-        found = rounded if found is None else found
+        if found is None or costs @ found > least + ENOUGH_OF_KIND * good_enough:
+            found = _cheaper(found, self._run(costs, upper, gap), costs)
+        found = _cheaper(found, rounded, costs)
         return None if found is None else self._solution(found)
+
+    def _rounded_near(
+        self, relaxed: np.ndarray, costs: np.ndarray, upper: np.ndarray, good: float
+    ) -> np.ndarray | None:
+        """The best of the roundings of the relaxation and of those with a little less room, which often fit where its own do not."""
+        best = self._rounded(relaxed, costs, upper)
+        for share in TIGHTER if np.isfinite(upper[-2]) else ():
+            if best is not None and costs @ best <= good:
+                break
+            tighter = upper.copy()
+            tighter[-2] *= share
+            near = self._run(costs, tighter)
+            best = best if near is None else _cheaper(best, self._rounded(near, costs, upper), costs)
+        return best
 
     def _run(self, costs: np.ndarray, upper: np.ndarray, gap: float | None = None) -> np.ndarray | None:
         """The best vector; in whole numbers, to a relative `gap`, where one is given."""
@@ -147,11 +183,16 @@ class _System:
         mixes = np.zeros((prod(map(len, used)), len(self.options) + 2))
         for number, columns in enumerate(product(*used)):
             mixes[number, columns] = 1
-        to_host = mixes[:, :-2] @ np.array([option.host / MIB for option in self.options])
-        mixes[:, -2] = (mixes[:, :-2] @ self.peaks.T + self.constants).max(axis=1)
-        mixes[:, -1] = np.maximum(0, to_host - self.problem.hidden_bytes / MIB)
-        fits = (mixes[:, -2] <= upper[-2]) & (to_host <= self.problem.host_limit / MIB)
+        chosen = mixes[:, :-2]
+        mixes[:, -2] = (chosen @ self.peaks.T + self.constants).max(axis=1)
+        mixes[:, -1] = self._late(chosen)
+        fits = (mixes[:, -2] <= upper[-2]) & (chosen @ self.to_host <= self.problem.host_limit / MIB)
         return mixes[fits][np.argmin(mixes[fits] @ costs)] if fits.any() else None
+
+    def _late(self, chosen: np.ndarray) -> np.ndarray:
+        """MiB for which the forward pass of each mix waits. Copies follow one another, so what the last of the late blocks is late by
+        is the wait of all."""
+        return np.maximum(0, (chosen @ self.queue.T - self.in_time).max(axis=1))
 
     def _upper(self, limit_bytes: int | None) -> np.ndarray:
         upper = np.ones(len(self.options) + 2)
@@ -172,30 +213,38 @@ class _System:
         return allowed
 
     def _solution(self, x: np.ndarray) -> Solution:
-        chosen = [
-            block.options[int(np.argmax(x[start : start + len(block.options)]))]
+        numbers = [
+            start + int(np.argmax(x[start : start + len(block.options)]))
             for block, start in zip(self.problem.blocks, self.starts)
         ]
-        open_bytes = max(0, sum(option.host for option in chosen) - self.problem.hidden_bytes)
-        extra_s = sum(option.extra_s for option in chosen) + open_bytes * self.problem.open_copy_s
-        return Solution(chosen, int(self._peak(chosen)), extra_s)
+        mix = np.zeros((1, len(self.options)))
+        mix[0, numbers] = 1
+        extra_s = float(self.seconds[numbers].sum() + self._late(mix)[0] * MIB * self.problem.copy_s)
+        peak = float((mix @ self.peaks.T + self.constants).max() * MIB)
+        return Solution([self.options[number] for number in numbers], int(peak), extra_s)
 
     def _constraints(self) -> list[LinearConstraint]:
         num = len(self.options)
         one_each = np.zeros((len(self.problem.blocks), num + 2))
         for row, (start, stop) in enumerate(zip(self.starts, self.starts[1:])):
             one_each[row, start:stop] = 1
-        columns = np.zeros((len(self.peaks), 2))
-        columns[:, 0] = -1
-        below_peak = np.hstack([self.peaks, columns])
-        to_host = [option.host / MIB for option in self.options]
-        hosted = np.array([[*to_host, 0.0, -1.0], [*to_host, 0.0, 0.0]])
-        most = np.array([self.problem.hidden_bytes, self.problem.host_limit]) / MIB
+        below_peak = _with_columns(self.peaks, -1.0, 0.0)
+        in_time = _with_columns(self.queue, 0.0, -1.0)
+        hosted = np.array([[*self.to_host, 0.0, 0.0]])
         return [
             LinearConstraint(csr_array(one_each), 1, 1),
             LinearConstraint(csr_array(below_peak), -np.inf, -self.constants),
-            LinearConstraint(csr_array(hosted), -np.inf, most),
+            LinearConstraint(csr_array(in_time), -np.inf, self.in_time),
+            LinearConstraint(csr_array(hosted), -np.inf, self.problem.host_limit / MIB),
         ]
+
+    def _queue_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each block the MiB that it and those before it send, and how many of them have left in time."""
+        rows = np.zeros((len(self.problem.blocks), len(self.options)))
+        for row, stop in enumerate(self.starts[1:]):
+            rows[row, :stop] = self.to_host[:stop]
+        seconds = np.array([block.leaves_s for block in self.problem.blocks])
+        return rows, seconds / (max(self.problem.copy_s, 1e-15) * MIB)
 
     def _peak_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Every peak as row @ x + constant, in MiB: each block's forward, each block's backward, the head."""
@@ -221,8 +270,12 @@ class _System:
         constants.append(self.problem.head_peak)
         return np.array(rows).reshape(len(rows), num) / MIB, np.array(constants) / MIB
 
-    def _peak(self, chosen: list[Option]) -> float:
-        x = np.zeros(len(self.options))
-        for block, start, option in zip(self.problem.blocks, self.starts, chosen):
-            x[start + block.options.index(option)] = 1
-        return float((self.peaks @ x + self.constants).max() * MIB)
+
+def _with_columns(rows: np.ndarray, *values: float) -> np.ndarray:
+    return np.hstack([rows, np.tile(values, (len(rows), 1))])
+
+
+def _cheaper(a: np.ndarray | None, b: np.ndarray | None, costs: np.ndarray) -> np.ndarray | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return b if costs @ b < costs @ a else a

@@ -43,12 +43,20 @@ class Clock:
     def seconds(self, ops: Iterable[OpCost]) -> float:
         return sum(self.op_seconds(op) for op in ops)
 
+    def bandwidth_bound_frac(self, ops: Sequence[OpCost]) -> float:
+        """The share of these operations' seconds that is spent in kernels which wait for the device's memory, by the roofline."""
+        bound_s = sum(self.op_seconds(op) for op in ops if self._memory_s(op) > self._compute_s(op))
+        return bound_s / max(self.seconds(ops), 1e-12)
+
     def _roofline(self, op: OpCost) -> float:
+        return max(self._compute_s(op), self._memory_s(op)) + LAUNCH_S[self.spec.kind]
+
+    def _compute_s(self, op: OpCost) -> float:
         peak = self.spec.flops.get(op.dtype) or self.spec.flops["fp32"]
-        efficiency = GROUPED_EFFICIENCY if op.groups > 1 else COMPUTE_EFFICIENCY
-        compute_s = op.flops / (efficiency * peak)
-        memory_s = op.num_bytes / (BANDWIDTH_EFFICIENCY * self.spec.bandwidth)
-        return max(compute_s, memory_s) + LAUNCH_S[self.spec.kind]
+        return op.flops / ((GROUPED_EFFICIENCY if op.groups > 1 else COMPUTE_EFFICIENCY) * peak)
+
+    def _memory_s(self, op: OpCost) -> float:
+        return op.num_bytes / (BANDWIDTH_EFFICIENCY * self.spec.bandwidth)
 
 
 def link_seconds(num_bytes: int, spec: DeviceSpec) -> float:
@@ -56,12 +64,18 @@ def link_seconds(num_bytes: int, spec: DeviceSpec) -> float:
     return num_bytes / spec.host_link
 
 
-def hidden_copy_seconds(num_bytes: int, spec: DeviceSpec) -> float:
-    """What a copy behind the kernels costs them: the memory bandwidth that it takes."""
-    return num_bytes / spec.bandwidth
+def hidden_copy_seconds(num_bytes: int, spec: DeviceSpec, bound_frac: float) -> float:
+    """What a copy behind the kernels costs them.
+
+    A copy takes memory bandwidth from the kernels beside it. One that waits for its arithmetic has bandwidth to spare and loses
+    nothing; one that waits for memory is later by what the copy took. The copies run all the time and meet every kernel, so `bound_frac`
+    of the bytes (`Clock.bandwidth_bound_frac`) are charged, each in full: kernels that do not reach the memory's peak rate anyway
+    may lose less. What a kernel loses of the second-level cache is not in it.
+    """
+    return bound_frac * num_bytes / spec.bandwidth
 
 
-def optimizer_seconds(num_parameters: int, placement: str, spec: DeviceSpec) -> float:
+def optimizer_seconds(num_parameters: int, placement: str, spec: DeviceSpec, bound_frac: float) -> float:
     """AdamW reads weight, gradient and two moments and writes three of them, 28 bytes a weight.
 
     `host` also moves the moments both ways, in the open; `host_backward` does so behind the backward pass.
@@ -70,7 +84,7 @@ def optimizer_seconds(num_parameters: int, placement: str, spec: DeviceSpec) -> 
     moved_bytes = 16 * num_parameters
     if placement == "host":
         return update_s + link_seconds(moved_bytes, spec)
-    return update_s + (hidden_copy_seconds(moved_bytes, spec) if placement == "host_backward" else 0.0)
+    return update_s + (hidden_copy_seconds(moved_bytes, spec, bound_frac) if placement == "host_backward" else 0.0)
 
 
 def ema_seconds(num_bytes: int, spec: DeviceSpec) -> float:

@@ -22,7 +22,7 @@ from lowmem.memory.host_optimizer import staging_sizes
 from lowmem.memory.meter import MemoryMeter, Timeline, host_memory
 from lowmem.planning.cost import OpCost, op_cost
 from lowmem.planning.network import FakeNetwork
-from lowmem.planning.plan import MemoryBreakdown, Placement, Plan
+from lowmem.planning.plan import STEM, MemoryBreakdown, Placement, Plan
 from lowmem.recipe import MixupRecipe, Recipe
 from lowmem.training.ema import ema_bytes
 from lowmem.training.objective import Objective
@@ -36,7 +36,8 @@ CATEGORIES = {"forward": "activations", "backward": "workspace"}
 
 @dataclass
 class BlockMoments:
-    """Live bytes when a block starts, and the most while it runs, in both directions; `args` is how it was called."""
+    """Live bytes when a block starts, and the most while it runs, in both directions; `args` is how it was called. The passes begin
+    with operations number `forward_op` and `backward_op` of the step."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +46,8 @@ class BlockMoments:
     forward_peak: int = 0
     backward_start: int = 0
     backward_peak: int = 0
+    forward_op: int = 0
+    backward_op: int = 0
 
 
 @dataclass
@@ -54,6 +57,7 @@ class StepTrace:
     peak_bytes: int
     breakdown: MemoryBreakdown
     blocks: dict[str, BlockMoments]
+    """By path; by "" what ran before the first block."""
     order: list[str]
     elsewhere_forward_peak: int
     elsewhere_backward_peak: int
@@ -198,13 +202,16 @@ class _BlockWatch:
 
     def __init__(self, network: FakeNetwork, meter: StepRecorder) -> None:
         self.meter = meter
-        self.moments = {path: BlockMoments() for path in network.blocks}
+        self.network = network
+        self.moments = {path: BlockMoments() for path in (STEM, *network.blocks)}
         self.order: list[str] = []
         self.elsewhere: Counter[str] = Counter()
         self.current: tuple[str, str] | None = None
         self.peak_bytes = 0
         self.num_forward_ops = 0
         self.hooks: list[Any] = []
+        if network.blocks:
+            self.hooks.append(network.model.register_forward_pre_hook(_bound(self._forward_starts, STEM), with_kwargs=True))
         for path, block in network.blocks.items():
             self.hooks.append(block.register_forward_pre_hook(_bound(self._forward_starts, path), with_kwargs=True))
             self.hooks.append(block.register_forward_hook(_bound(self._forward_ends, path)))
@@ -251,6 +258,7 @@ class _BlockWatch:
             setattr(self.moments[path], name, max(getattr(self.moments[path], name), peak))
         if following is not None:
             setattr(self.moments[following[0]], f"{following[1]}_start", live)
+            setattr(self.moments[following[0]], f"{following[1]}_op", len(self.meter.ops))
         self.current = following
         self.meter.reset_peak()
 
@@ -258,13 +266,23 @@ class _BlockWatch:
         self.meter.label = "forward"
         moments = self.moments[path]
         moments.num_calls += 1
+        if self.current == (STEM, "forward") and path != STEM:
+            self._stem_ends(path, args, kwargs)
         if moments.num_calls == 1:
-            self.order.append(path)
+            if path != STEM:
+                self.order.append(path)
             moments.args, moments.kwargs = (tree_map_only(Tensor, _meta, given) for given in (args, kwargs))
         self._mark((path, "forward"))
 
+    def _stem_ends(self, first: str, args: Any, kwargs: Any) -> None:
+        self.network.first_block = first
+        self._backward_later(STEM, (args, kwargs))
+
     def _forward_ends(self, path: str, output: Any) -> None:
         self._mark(None)
+        self._backward_later(path, output)
+
+    def _backward_later(self, path: str, output: Any) -> None:
         tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
         if tensor is not None:
             tensor.register_hook(lambda grad: self._backward_starts(path))

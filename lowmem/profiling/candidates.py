@@ -126,8 +126,7 @@ def _named(plans: list[Plan]) -> list[PlanCase]:
 
 
 def _name(plan: Plan) -> str:
-    recomputed = sum(policy.recompute != "none" for policy in plan.blocks.values())
-    offloaded = sum(policy.offloads for policy in plan.blocks.values())
+    recomputed, offloaded = plan.num_recomputed, plan.num_offloaded
     parts = [f"passes of {plan.micro_batch}"]
     parts += [f"{recomputed} of {plan.num_blocks} blocks run again"] if recomputed else []
     parts += [f"{offloaded} blocks in host memory"] if offloaded else []

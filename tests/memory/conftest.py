@@ -9,7 +9,7 @@ from memory_helpers import keepable
 
 @pytest.fixture(autouse=True)
 def offload_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.memory.activations.MIN_OFFLOAD_BYTES", 1024)
+    monkeypatch.setattr("lowmem.memory.offload.MIN_OFFLOAD_BYTES", 1024)
 
 
 @pytest.fixture(autouse=True, scope="session")
