@@ -32,7 +32,7 @@ from lowmem.memory import activations, offload
 from lowmem.memory.batchnorm import has_live_batchnorm
 from lowmem.memory.dropout import draws_random_numbers
 from lowmem.planning.blocks import find_blocks
-from lowmem.planning.plan import BlockPolicy, Plan
+from lowmem.planning.plan import STEM, BlockPolicy, Plan
 from lowmem.recipe import BatchRecipe, DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
 from lowmem.training.engine import Engine
 from lowmem.training.model import initialised_model
@@ -81,6 +81,8 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "offload": ("offload", "device"),
     "offload of a part": ("offload_part", "device"),
     "selective + offload": ("selective_offload", "device"),
+    "made again": ("again", "device"),
+    "made again + offload": ("again_offload", "device"),
     "none, host optimizer": ("none", "host"),
     "selective + offload, host optimizer": ("selective_offload", "host"),
     "full, optimizer in backward": ("full", "backward"),
@@ -279,6 +281,10 @@ def policies(facts: dict[str, BlockFacts], kind: str) -> dict[str, BlockPolicy]:
         return dict.fromkeys(facts, BlockPolicy(host="all"))
     if kind == "offload_part":
         return dict.fromkeys(facts, BlockPolicy(host=tuple(range(1, 64, 2))))
+    if kind.startswith("again"):
+        every, host = (2, tuple(range(1, 128, 2))) if kind == "again_offload" else (1, ())
+        policy = BlockPolicy(again=tuple(range(0, 128, every)), host=host)
+        return dict.fromkeys((STEM, *facts), policy)
     usable = {path: fact for path, fact in facts.items() if fact.recomputable}
     if kind == "full":
         return dict.fromkeys(usable, BlockPolicy(recompute="full"))

@@ -6,16 +6,16 @@ autograd asks for the tensor. What comes after the last tensor that is needed is
 depends on nothing but their arguments are recorded; batch norms run their second time with momentum 0, so statistics stay as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lowmem.errors import LowmemError
 from lowmem.phases import phase
@@ -76,7 +76,9 @@ class Held:
 
     def get(self) -> Tensor:
         if self.tensor._version != self.version:
-            raise LowmemError("A tensor was changed in place after another was made of it; the plan must not make that again.")
+            raise LowmemError(
+                "A tensor was changed in place after another was made of it; the plan must not make that again."
+            )
         return self.tensor
 
 
@@ -115,6 +117,8 @@ class Recorder(TorchDispatchMode):
         self.absent = absent
         """What stands for an argument that is not held, or None."""
         self.calls: dict[int, tuple[Call, ...]] = {}
+        self.layouts: dict[int, Any] = {}
+        """Of the tensors of `calls`, as they were made."""
         self.numbers: dict[int, int] = {}
         self.next_number = count(-1, -1)
 
@@ -141,10 +145,9 @@ class Recorder(TorchDispatchMode):
         self.calls.pop(address_of(tensor), None)
 
     def _made(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        given = {address_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for position in _written(func):
-            if position < len(args) and isinstance(args[position], Tensor) and func not in PURE:
-                self.forget(args[position])
+        given = set(map(address_of, _tensors((*args, *kwargs.values()))))
+        for changed in () if func in PURE else _written(func, args, kwargs):
+            self.forget(changed)
         results = result if isinstance(result, tuple | list) else (result,)
         for position, leaf in enumerate(results):
             if not isinstance(leaf, Tensor) or address_of(leaf) in given:
@@ -154,29 +157,37 @@ class Recorder(TorchDispatchMode):
             if func in PURE and is_whole(leaf):
                 output = None if leaf is result else position
                 self.calls[address_of(leaf)] = (self._call(func, _repeatable(func, args), kwargs, output),)
+                self.layouts[address_of(leaf)] = layout_of(leaf)
 
     def _changed(self, func: Any, args: Any, kwargs: Any) -> None:
         before = self.calls.pop(address_of(args[0]), None)
-        others = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor)]
-        if before is not None and is_whole(args[0]) and all(address_of(o) != address_of(args[0]) for o in others):
+        others = map(address_of, _tensors((*args[1:], *kwargs.values())))
+        as_made = layout_of(args[0]) == self.layouts.get(address_of(args[0]))
+        if before is not None and as_made and address_of(args[0]) not in others:
             self.calls[address_of(args[0])] = (*before, self._call(func, (_ITSELF, *args[1:]), kwargs, None))
 
     def _call(self, func: Any, args: Any, kwargs: Any, output: int | None) -> Call:
-        args, kwargs = tree_map_only(Tensor, lambda leaf: self.absent(leaf) or Held(leaf, leaf._version), (args, kwargs))
-        return Call(func, args, kwargs, output)
+        kwargs = {name: self._argument(value) for name, value in kwargs.items()}
+        return Call(func, tuple(map(self._argument, args)), kwargs, output)
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.absent(value) or Held(value, value._version)
+        return [self._argument(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Remade:
     """A storage that is not there: how to make it again. It is held from the first time that it is asked for to the last."""
 
-    def __init__(self, calls: tuple[Call, ...], value_of: Callable[[Any], Any]) -> None:
-        self.calls, self.value_of = calls, value_of
+    def __init__(self, calls: tuple[Call, ...], dtype: torch.dtype, value_of: Callable[[Any], Any]) -> None:
+        self.calls, self.dtype, self.value_of = calls, dtype, value_of
         self.num_uses = 0
         self.tensor: Tensor | None = None
 
-    def seen_as(self, tensor: Tensor) -> Absent:
-        """Stands for `tensor`, which is all of the storage in some order of axes."""
-        return Absent(self, tensor.shape, tensor.stride())
+    def seen_as(self, tensor: Tensor) -> Absent | None:
+        """Stands for `tensor`; None where that is not all of the storage in some order of axes."""
+        fits = tensor.dtype == self.dtype and is_whole(tensor)
+        return Absent(self, tensor.shape, tensor.stride()) if fits else None
 
     def get(self) -> Tensor:
         if self.tensor is None:
@@ -192,10 +203,13 @@ class Remade:
     def _made(self) -> Tensor:
         made: Any = None
         for call in self.calls:
-            args, kwargs = tree_map(lambda leaf: made if leaf is _ITSELF else self.value_of(leaf), (call.args, call.kwargs))
+            args, kwargs = tree_map(partial(self._given, made), (call.args, call.kwargs))
             result = call.func(*args, **kwargs)
             made = result if call.output is None else result[call.output]
         return made
+
+    def _given(self, made: Any, leaf: Any) -> Any:
+        return made if leaf is _ITSELF else self.value_of(leaf)
 
 
 @dataclass(frozen=True)
@@ -208,17 +222,35 @@ class Use:
 
     def get(self) -> Tensor:
         made = self.remade.get()
-        return made if (made.shape, made.stride()) == (self.shape, self.stride) else made.as_strided(self.shape, self.stride)
+        return (
+            made
+            if (made.shape, made.stride()) == (self.shape, self.stride)
+            else made.as_strided(self.shape, self.stride)
+        )
 
 
 def address_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def is_whole(tensor: Tensor) -> bool:
     """Whether a tensor is all of its storage, in whatever order of axes and without overlap."""
     overlaps = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0 and not overlaps
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    is_all = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.storage_offset() == 0
+    return is_all and not overlaps and not is_lazy
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _repeatable(func: Any, args: Any) -> Any:
@@ -233,11 +265,17 @@ def _momentum_position(func: Any) -> int | None:
     return names.index("momentum") if "momentum" in names else None
 
 
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operation changes."""
+    given = dict(enumerate(args)) | kwargs
+    return [given[key] for key in _written_keys(func) if isinstance(given.get(key), Tensor)]
+
+
 @cache
-def _written(func: Any) -> tuple[int, ...]:
-    arguments = func._schema.arguments
+def _written_keys(func: Any) -> tuple[int | str, ...]:
+    """By position, or by name where an argument has no position."""
     return tuple(
-        position
-        for position, argument in enumerate(arguments)
+        argument.name if argument.kwarg_only else position
+        for position, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lowmem.memory import offload
-from lowmem.memory.again import Absent, Call, Held, Recorder, Remade, Use, address_of, is_whole
+from lowmem.memory.again import Absent, Call, Held, Recorder, Remade, Use, address_of, is_whole, layout_of
 from lowmem.memory.offload import HostStore, Ticket
 from lowmem.planning.plan import BlockPolicy
 
@@ -93,20 +93,21 @@ class SavedTensors:
             calls = self.recorder.calls.get(address_of(tensor))
             if calls is None or not self._can_make(calls):
                 return None
-            self.remade[identity] = self._remade(calls)
-        return self.remade[identity].seen_as(tensor).use()
+            self.remade[identity] = self._remade(calls, self.recorder.layouts[address_of(tensor)][2])
+        absent = self.remade[identity].seen_as(tensor)
+        return None if absent is None else absent.use()
 
     def _absent(self, tensor: Tensor) -> Absent | None:
         remade = self.remade.get(self.identity(tensor))
-        return remade.seen_as(tensor) if remade is not None and is_whole(tensor) else None
+        return None if remade is None else remade.seen_as(tensor)
 
-    def _remade(self, calls: tuple[Call, ...]) -> Remade:
+    def _remade(self, calls: tuple[Call, ...], dtype: torch.dtype) -> Remade:
         packed = tuple(
             replace(call, args=args, kwargs=kwargs)
             for call in calls
             for args, kwargs in [tree_map(self._argument, (call.args, call.kwargs))]
         )
-        return Remade(packed, self._value_of)
+        return Remade(packed, dtype, self._value_of)
 
     def _value_of(self, leaf: Any) -> Any:
         return self.unpack(leaf) if isinstance(leaf, Ticket | Use | Held) else leaf
@@ -123,7 +124,8 @@ class SavedTensors:
             return True
         assert self.recorder is not None
         calls = self.recorder.calls.get(address_of(tensor))
-        return calls is not None and self._can_make(calls)
+        as_made = self.recorder.layouts.get(address_of(tensor)) == layout_of(tensor)
+        return calls is not None and as_made and self._can_make(calls)
 
     def _argument(self, leaf: Any) -> Any:
         """As it is saved; one that nobody saves is made again for this purpose alone."""
@@ -132,11 +134,12 @@ class SavedTensors:
         if not isinstance(leaf, Held) or self._is_small(leaf.tensor):
             return leaf if not isinstance(leaf, Held) else _without_history(leaf)
         tensor, identity = leaf.tensor, self.identity(leaf.tensor)
-        if identity not in self.ordinals:
+        absent = self._absent(tensor)
+        if absent is None and identity not in self.ordinals:
             assert self.recorder is not None
-            return self._remade(self.recorder.calls[address_of(tensor)]).seen_as(tensor).use()
-        if identity in self.remade:
-            return self.remade[identity].seen_as(tensor).use()
+            absent = self._remade(self.recorder.calls[address_of(tensor)], tensor.dtype).seen_as(tensor)
+        if absent is not None:
+            return absent.use()
         return self._put(tensor) if self._goes_to_host(self.ordinals[identity]) else _without_history(leaf)
 
 

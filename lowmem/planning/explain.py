@@ -61,9 +61,12 @@ def _time_lines(plan: Plan) -> list[str]:
     if prediction.step_s is None or prediction.epoch_s is None or not prediction.baseline_step_s:
         return []
     overhead = prediction.step_s / prediction.baseline_step_s - 1
-    source = {"roofline": "a roofline from the data sheet", "measured": "block times measured here", "profile": "steps measured here by lowmem profile", "none": ""}[
-        prediction.time_source
-    ]
+    source = {
+        "roofline": "a roofline from the data sheet",
+        "measured": "block times measured here",
+        "profile": "steps measured here by lowmem profile",
+        "none": "",
+    }[prediction.time_source]
     cost = f", {overhead:+.1%} over the unconstrained step" if abs(overhead) > 5e-4 else ""
     return [
         f"  predicted time {prediction.step_s:.3g} s a step, {_duration(prediction.epoch_s)} an epoch{cost} (from {source})"
@@ -100,6 +103,10 @@ def _policy_in_words(policy: BlockPolicy) -> str:
             return f"some tensors are run again in the backward pass, each when it is needed; the rest is kept{where}"
         return f"keeps everything{where}"
     where = (
-        "" if not policy.offloads else ", in host memory," if policy.host in ("all", policy.keep) else ", some in host memory,"
+        ""
+        if not policy.offloads
+        else ", in host memory,"
+        if policy.host in ("all", policy.keep)
+        else ", some in host memory,"
     )
     return f"keeps the outputs {', '.join(map(str, policy.keep))} of its convolutions and products{where} and recomputes the rest"

@@ -64,7 +64,9 @@ def frontier(
             fits, budget = False, Budget(total_bytes=0)
         if fits and planning is None:
             planning = Planning(recipe, spec, device, budget, num_classes, num_train, default_ram(), allow)
-        found = _plan_or_none(with_budget(planning, spec, vram_bytes), budget.tensor_bytes) if planning and fits else None
+        found = (
+            _plan_or_none(with_budget(planning, spec, vram_bytes), budget.tensor_bytes) if planning and fits else None
+        )
         rows.append((vram_bytes, budget.tensor_bytes, found))
     return [_row(vram, room, _cheapest(rows[number:])) for number, (vram, room, _) in enumerate(rows)]
 

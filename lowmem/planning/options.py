@@ -69,7 +69,13 @@ def block_options(
 
 
 def _recomputing(
-    network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan, none: Figures, clock: Clock, copy_s: float | None
+    network: FakeNetwork,
+    path: str,
+    moments: BlockMoments,
+    plan: Plan,
+    none: Figures,
+    clock: Clock,
+    copy_s: float | None,
 ) -> list[Option]:
     """Options that run the whole block again."""
     full, forward_s = traced(network, path, moments, plan, RECOMPUTE_ALL), clock.seconds(none.forward_ops)
@@ -125,7 +131,12 @@ def _selective(choice: Choice, full: Figures, forward_s: float, copy_s: float) -
 
 
 def _mixed(
-    again: list[SavedTensor], hosted: list[SavedTensor], makeable: list[SavedTensor], none: Figures, lean: Figures, copy_s: float
+    again: list[SavedTensor],
+    hosted: list[SavedTensor],
+    makeable: list[SavedTensor],
+    none: Figures,
+    lean: Figures,
+    copy_s: float,
 ) -> Option:
     """Some of what is saved made again, some held in host memory. At no moment of the backward pass is more there than if all had
     been kept; what is in host memory is back before it."""

@@ -12,8 +12,8 @@ from itertools import product
 from math import prod
 
 import numpy as np
+from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from lowmem.planning.options import Option
 from lowmem.sizes import MIB
@@ -112,7 +112,7 @@ class System:
         )
         self.peaks, self.constants = self._peak_rows()
         self.queue, self.in_time = self._queue_rows()
-        self.constraints = self._constraints()
+        self.constraints = self._constraints() if problem.blocks else None
 
     def costs(self, option_costs: np.ndarray, peak_cost: float) -> np.ndarray:
         return np.array([*option_costs, peak_cost, self.problem.copy_s * MIB])
@@ -162,15 +162,18 @@ class System:
 
     def _run(self, costs: np.ndarray, upper: np.ndarray, gap: float | None = None) -> np.ndarray | None:
         """The best vector; in whole numbers, to a relative `gap`, where one is given."""
-        num = len(self.options)
+        num, num_sums = len(self.options), self.constraints.A.shape[1] - len(upper)
         found = milp(
-            costs,
+            np.concatenate([costs, np.zeros(num_sums)]),
             constraints=self.constraints,
-            bounds=Bounds(np.zeros(num + 2), upper),
-            integrality=np.array([int(gap is not None)] * num + [0, 0]),
+            bounds=Bounds(
+                np.concatenate([np.zeros(num + 2), np.full(num_sums, -np.inf)]),
+                np.concatenate([upper, np.full(num_sums, np.inf)]),
+            ),
+            integrality=np.array([int(gap is not None)] * num + [0] * (2 + num_sums)),
             options={"mip_rel_gap": gap or 0.0, "node_limit": NODE_LIMIT, "time_limit": TIME_LIMIT_S},
         )
-        return found.x
+        return None if found.x is None else found.x[: num + 2]
 
     def _rounded(self, relaxed: np.ndarray, costs: np.ndarray, upper: np.ndarray) -> np.ndarray | None:
         """The best mix in whole numbers that takes each block's option from those that the relaxation gives a share."""
@@ -223,20 +226,33 @@ class System:
         peak = float((mix @ self.peaks.T + self.constants).max() * MIB)
         return Solution([self.options[number] for number in numbers], int(peak), extra_s)
 
-    def _constraints(self) -> list[LinearConstraint]:
-        num = len(self.options)
-        one_each = np.zeros((len(self.problem.blocks), num + 2))
+    def _constraints(self) -> LinearConstraint:
+        """All rows. Those of peaks and of the queue sum over all blocks before one, so they are given as differences from the row before
+        the last, in variables of their own, which keeps the matrix sparse."""
+        num, num_blocks = len(self.options), len(self.problem.blocks)
+        one_each = np.zeros((num_blocks, num))
         for row, (start, stop) in enumerate(zip(self.starts, self.starts[1:])):
             one_each[row, start:stop] = 1
-        below_peak = _with_columns(self.peaks, -1.0, 0.0)
-        in_time = _with_columns(self.queue, 0.0, -1.0)
-        hosted = np.array([[*self.to_host, 0.0, 0.0]])
-        return [
-            LinearConstraint(csr_array(one_each), 1, 1),
-            LinearConstraint(csr_array(below_peak), -np.inf, -self.constants),
-            LinearConstraint(csr_array(in_time), -np.inf, self.in_time),
-            LinearConstraint(csr_array(hosted), -np.inf, self.problem.host_limit / MIB),
-        ]
+        sums = np.vstack([self.peaks, self.queue])
+        before = np.vstack([_shifted(self.peaks, 2), _shifted(self.queue, 1)])
+        steps = sums - before
+        num_sums = len(sums)
+        previous = sparse.block_diag([sparse.eye_array(len(self.peaks), k=-2), sparse.eye_array(len(self.queue), k=-1)])
+        limits = np.zeros((num_sums, 2))
+        limits[: len(self.peaks), 0] = limits[len(self.peaks) :, 1] = -1.0
+        rows = sparse.block_array(
+            [
+                [sparse.csr_array(one_each), None, None],
+                [sparse.csr_array(steps), None, previous - sparse.eye_array(num_sums)],
+                [None, sparse.csr_array(limits), sparse.eye_array(num_sums)],
+                [sparse.csr_array(self.to_host[None]), sparse.csr_array((1, 2)), None],
+            ]
+        )
+        most = np.concatenate(
+            [np.ones(num_blocks), np.zeros(num_sums), -self.constants, self.in_time, [self.problem.host_limit / MIB]]
+        )
+        least = np.concatenate([np.ones(num_blocks), np.zeros(num_sums), np.full(num_sums + 1, -np.inf)])
+        return LinearConstraint(rows.tocsr(), least, most)
 
     def _queue_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """For each block the MiB that it and those before it send, and how many of them have left in time."""
@@ -271,8 +287,9 @@ class System:
         return np.array(rows).reshape(len(rows), num) / MIB, np.array(constants) / MIB
 
 
-def _with_columns(rows: np.ndarray, *values: float) -> np.ndarray:
-    return np.hstack([rows, np.tile(values, (len(rows), 1))])
+def _shifted(rows: np.ndarray, by: int) -> np.ndarray:
+    """Each row's place taken by the one `by` rows before it; zeros before the first."""
+    return np.vstack([np.zeros((by, rows.shape[1])), rows])[: len(rows)]
 
 
 def _cheaper(a: np.ndarray | None, b: np.ndarray | None, costs: np.ndarray) -> np.ndarray | None:

@@ -136,9 +136,7 @@ def optimizer_bytes(named: dict[str, Any], placement: Placement) -> int:
     return num_steps + 4 * sum(staging_sizes(named))
 
 
-def trace_step(
-    network: FakeNetwork, plan: Plan, recipe: Recipe, scratch: Scratch | None = None
-) -> StepTrace:
+def trace_step(network: FakeNetwork, plan: Plan, recipe: Recipe, scratch: Scratch | None = None) -> StepTrace:
     """Trace the first and the last forward pass of a step under a plan; that is where a step's peak lies."""
     meter = StepRecorder(scratch)
     with network.fake():
@@ -211,7 +209,9 @@ class _BlockWatch:
         self.num_forward_ops = 0
         self.hooks: list[Any] = []
         if network.blocks:
-            self.hooks.append(network.model.register_forward_pre_hook(_bound(self._forward_starts, STEM), with_kwargs=True))
+            self.hooks.append(
+                network.model.register_forward_pre_hook(_bound(self._forward_starts, STEM), with_kwargs=True)
+            )
         for path, block in network.blocks.items():
             self.hooks.append(block.register_forward_pre_hook(_bound(self._forward_starts, path), with_kwargs=True))
             self.hooks.append(block.register_forward_hook(_bound(self._forward_ends, path)))

@@ -32,7 +32,11 @@ def random_problem(seed: int, num_blocks: int = 5) -> Problem:
             less = int(kept * draw.uniform(0.1, 0.8))
             host = int(draw.choice([0, less // 2]))
             policy = BlockPolicy(recompute="selective", keep=(number,))
-            options.append(Option(policy, less, less, kept + 10 * MIB, kept - less + 12 * MIB, host, float(draw.uniform(0.01, 0.1))))
+            options.append(
+                Option(
+                    policy, less, less, kept + 10 * MIB, kept - less + 12 * MIB, host, float(draw.uniform(0.01, 0.1))
+                )
+            )
         kinds.append(options)
     blocks, live = [], 200 * MIB
     for number in range(num_blocks):
@@ -40,7 +44,14 @@ def random_problem(seed: int, num_blocks: int = 5) -> Problem:
         blocks.append((f"b{number}", options, live))
         live += options[0].kept
     terms = [
-        BlockTerm(path, options, start, start + options[0].kept, float(draw.uniform(0.0, 0.04)), float(draw.uniform(0.0, 0.02)))
+        BlockTerm(
+            path,
+            options,
+            start,
+            start + options[0].kept,
+            float(draw.uniform(0.0, 0.04)),
+            float(draw.uniform(0.0, 0.02)),
+        )
         for path, options, start in blocks
     ]
     return Problem(terms, live, 200 * MIB, 1e-3 / MIB, STEP_S)
@@ -72,7 +83,9 @@ def seconds_of(problem: Problem, chosen: tuple[Option, ...]) -> float:
 def all_mixes(problem: Problem) -> list[tuple[int, float]]:
     mixes = product(*(block.options for block in problem.blocks))
     return [
-        (peak_of(problem, mix), seconds_of(problem, mix)) for mix in mixes if sum(o.host for o in mix) <= problem.host_limit
+        (peak_of(problem, mix), seconds_of(problem, mix))
+        for mix in mixes
+        if sum(o.host for o in mix) <= problem.host_limit
     ]
 
 
