@@ -29,14 +29,14 @@ from lowmem.planning.search import (
 )
 from lowmem.planning.solve import leanest
 from lowmem.planning.timing import Clock
-from lowmem.planning.trace import optimizer_bytes, trace_evaluation, trace_step
+from lowmem.planning.trace import StepTrace, optimizer_bytes, trace_evaluation, trace_step
 from lowmem.recipe import Recipe
 from lowmem.sizes import GIB, MIB, format_size
 from lowmem.training.ema import ema_bytes
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "rounding", "statistical")
-RUNG = 0.97
-"""Ratio of neighbouring limits; with GOOD_ENOUGH, a plan uses at least 0.97 x 0.975 of what it may where the limit binds."""
+RUNG = 0.985
+"""Ratio of neighbouring limits; with GOOD_ENOUGH, a plan uses at least 0.985 x 0.988 of what it may where the limit binds."""
 LEANER_FRAC = 0.93
 LARGEST_EVAL_BATCH = 128
 DEFAULT_RAM_SHARE = 0.5
@@ -160,13 +160,7 @@ def _too_small(planning: Planning, limit_bytes: int) -> str:
     recipe = planning.recipe
     base = planning.base_plan(micro_batches(planning)[-1])
     trace = planning.trace(base)
-    smallest = float("inf")
-    for placement in placements(planning):
-        program = problem(planning, base, trace, placement)
-        solution = leanest(program)
-        if solution is not None:
-            plan = base.model_copy(update={"optimizer": placement, "blocks": policies(program, solution)})
-            smallest = min(smallest, trace_step(planning.network, plan, recipe).peak_bytes)
+    smallest = _smallest_peak(planning, base, trace)
     taken = planning.budget.total_bytes - planning.budget.tensor_bytes
     needed = 1.005 * (smallest + taken)
     wanted = f"{math.ceil(needed / (0.1 * GIB)) / 10:.1f}G" if needed > GIB else f"{math.ceil(needed / MIB)}M"
@@ -180,6 +174,20 @@ def _too_small(planning: Planning, limit_bytes: int) -> str:
         f"{recipe.data.train_px} px: the leanest plan needs {format_size(smallest + taken)}. Use --vram {wanted}, or in the recipe "
         f"{', '.join(helps)}."
     )
+
+
+def _smallest_peak(planning: Planning, base: Plan, trace: StepTrace) -> float:
+    """Of the leanest plan, traced as a whole; which one that is, the program says."""
+    found = []
+    for placement in placements(planning):
+        program = problem(planning, base, trace, placement)
+        solution = leanest(program)
+        if solution is not None:
+            plan = base.model_copy(update={"optimizer": placement, "blocks": policies(program, solution)})
+            found.append((solution.peak_bytes, plan))
+    if not found:
+        return math.inf
+    return trace_step(planning.network, min(found, key=lambda item: item[0])[1], planning.recipe).peak_bytes
 
 
 def _spec_of(plan: Plan) -> DeviceSpec:

@@ -49,7 +49,10 @@ def test_less_memory_never_costs_less_time_nor_more_memory(cpu) -> None:
     assert all(a.step_s >= b.step_s for a, b in zip(found, found[1:]))
     assert all(a.peak.total <= b.peak.total for a, b in zip(found, found[1:]))
     assert all(item.peak.total <= room for item, room in zip(found, rooms))
-    assert all(item.peak.total >= 0.92 * room for item, room in zip(found[:-2], rooms))
+    # Just below what the unconstrained step needs, moving the optimizer's state may free more than is asked for at almost no cost.
+    used = [item.peak.total >= 0.92 * room for item, room in zip(found[:-2], rooms)]
+    assert sum(used) >= 9
+    assert all(enough or item.step_s < 1.001 * item.baseline_step_s for enough, item in zip(used, found))
 
 
 def test_too_little_is_refused_with_a_budget_that_fits(cpu) -> None:
