@@ -1,51 +1,37 @@
 """Worker processes: slim interpreters that fill shared memory, looked after by the training process.
 
-A worker that dies is replaced, and its rows are made again, so the batches stay the same and in order. One that sends no sign of life
-is taken for hung and replaced likewise. One that the system's memory killer took is not replaced while others are left. An image at
-which two workers die in a row ends the run, by name.
+The rows of a worker that is lost are made again by the others or by the one that takes its place (lost.py), so the batches stay the
+same and in order. One that sends no sign of life is taken for hung and ended. An image at which two workers die in a row ends the
+run, by name.
 """
 
-import json
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-import lowmem
+from lowmem.data.lost import Loss, Losses, is_too_silent
 from lowmem.data.pixels import Pixels
 from lowmem.data.shared import Key, new_memory
-from lowmem.data.worker import Answer, Introduction, Task, receive, send
+from lowmem.data.worker import Answer, Introduction, Task
+from lowmem.data.worker_process import WorkerProcess, start_worker
 from lowmem.data.workers import SLOW_S, Job, Order, Tell, new_images, tell_slow, unreadable
 from lowmem.errors import LowmemError
 
-SILENT_S = 8.0
-"""A worker without a sign of life for this long is hung; it sends one twice a second."""
 ALIVE_S = 2.0
 """A worker that was heard within this time lives: if it has been at an image for long, that is the image's fault."""
-START_S = 60.0
-"""A worker may take this long to start (antivirus, a slow disk)."""
 LOOK_EVERY_S = 0.25
 TASKS_AHEAD = 2
 """Tasks that a worker holds, so that it never waits for the training process."""
 TASKS_PER_WORKER = 4
 """Into how many tasks a batch is cut for each worker; more even out images of unequal cost."""
-MAX_DEATHS_AT_AN_IMAGE, MAX_RESTARTS = 2, 10
-VMSTAT = Path("/proc/vmstat")
-NO_MEMORY_ON_WINDOWS = {0xC0000017, 0xC000012D}
-"""STATUS_NO_MEMORY, STATUS_COMMITMENT_LIMIT."""
-CODE = "import sys; sys.path.insert(0, {root!r}); import lowmem.data.worker as w; sys.path.append(sys.path.pop(0)); w.main()"
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+MAX_DEATHS_AT_AN_IMAGE = 2
 
 
 @dataclass(eq=False)
@@ -75,22 +61,6 @@ class OpenTask:
     deaths: int = 0
 
 
-@dataclass(eq=False)
-class Worker:
-    """One process and the thread that listens to it."""
-
-    number: int
-    process: "subprocess.Popen[bytes]"
-    heard: float
-    started: bool = False
-    silent_looks: int = 0
-    tasks: dict[int, OpenTask] = field(default_factory=dict)
-    listener: threading.Thread | None = None
-
-    def __str__(self) -> str:
-        return f"Loader worker {self.number} (process {self.process.pid})"
-
-
 class ProcessWorkers:
     """See the top of this file. `python` and `memory` can be exchanged by tests."""
 
@@ -107,9 +77,9 @@ class ProcessWorkers:
         self.notices: deque[str] = deque()
         self.fatal: LowmemError | None = None
         self.closing = False
-        self.num_tasks = self.num_restarts = 0
+        self.num_tasks = 0
         self.told: set[int] = set()
-        self.oom_kills = num_oom_kills()
+        self.losses = Losses()
         self.workers = [self._new_worker(number) for number in range(1, num_workers + 1)]
 
     def start(self, order: Order) -> Job:
@@ -162,10 +132,9 @@ class ProcessWorkers:
             self.closing = True
             self.queue.clear()
         for worker in self.workers:
-            with suppress(OSError):
-                worker.process.stdin.close()  # type: ignore[union-attr]
+            worker.close_input()
         for worker in self.workers:
-            _end(worker)
+            worker.end()
         self.free_blocks.clear()
         with suppress(BufferError):
             self.memory.close()
@@ -182,20 +151,8 @@ class ProcessWorkers:
             arrays.append((key, raw.nbytes))
         return Introduction(packed, tuple(arrays))
 
-    def _new_worker(self, number: int) -> Worker:
-        files = self.memory.inherited()
-        command = [sys.executable, "-P", "-c", CODE.format(root=str(Path(lowmem.__file__).parent.parent))]
-        process = subprocess.Popen(
-            [*command, json.dumps(files[0] if files else None)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=files,
-            env={**os.environ, **ONE_THREAD},
-            **_own_group(),
-        )
-        worker = Worker(number, process, time.monotonic())
-        with suppress(OSError):
-            send(process.stdin, self.introduction)  # type: ignore[arg-type]
+    def _new_worker(self, number: int) -> WorkerProcess:
+        worker = start_worker(number, self.introduction, self.memory.inherited())
         worker.listener = threading.Thread(
             target=self._listen, args=(worker,), daemon=True, name=f"lowmem-loader-listener-{number}"
         )
@@ -228,15 +185,11 @@ class ProcessWorkers:
             item = self.queue.popleft()
             item.given = time.monotonic()
             worker.tasks[item.task.number] = item
-            with suppress(OSError):  # its listener sees that it is gone
-                send(worker.process.stdin, item.task)  # type: ignore[arg-type]
+            worker.send(item.task)
 
-    def _listen(self, worker: Worker) -> None:
+    def _listen(self, worker: WorkerProcess) -> None:
         while True:
-            try:
-                answer = receive(worker.process.stdout)  # type: ignore[arg-type]
-            except (OSError, ValueError):
-                answer = None
+            answer = worker.receive()
             with self.changed:
                 if answer is None:
                     self._lost(worker)
@@ -247,7 +200,7 @@ class ProcessWorkers:
                     self._answered(worker, answer)
                     self.changed.notify_all()
 
-    def _answered(self, worker: Worker, answer: Answer) -> None:
+    def _answered(self, worker: WorkerProcess, answer: Answer) -> None:
         item = worker.tasks.pop(answer.number)  # type: ignore[arg-type]
         if worker.tasks:  # the next one begins now
             next(iter(worker.tasks.values())).given = time.monotonic()
@@ -261,32 +214,25 @@ class ProcessWorkers:
         if not self.closing:
             self._hand_out()
 
-    def _lost(self, worker: Worker) -> None:
-        """A worker is gone: its tasks go first in the queue, and another takes its place."""
+    def _lost(self, worker: WorkerProcess) -> None:
+        """A worker is gone: its tasks go first in the queue, and another may take its place."""
         if self.closing or worker not in self.workers:
             return
-        code = worker.process.wait()
-        cause, out_of_memory = _cause(worker, code, num_oom_kills() - self.oom_kills)
-        self.oom_kills = num_oom_kills()
         self.workers.remove(worker)
+        loss = Loss(str(worker), worker.process.wait(), worker.hung, worker.started)
+        verdict = self.losses.judge(loss, len(self.workers))
         items = [item for item in worker.tasks.values() if not self._dropped(item)]
         if items:
             items[0].deaths += 1
             if items[0].deaths >= MAX_DEATHS_AT_AN_IMAGE:
-                self.fatal = self._deadly(items[0], cause)
+                self.fatal = self._deadly(items[0], verdict.cause)
         self.queue.extendleft(reversed(items))
-        self.num_restarts += 1
-        if not worker.started or self.num_restarts > MAX_RESTARTS:
-            self.fatal = LowmemError(f"{cause}. Use loader threads instead: --loader threads.")
-        elif not out_of_memory:
-            self.notices.append(f"{cause}. Another takes its place, with the same images.")
-            self.workers.append(self._new_worker(worker.number))
-        elif self.workers:
-            self.notices.append(f"{cause}. The run goes on with {len(self.workers)}, in the same order.")
+        if verdict.fatal:
+            self.fatal = LowmemError(verdict.text)
         else:
-            self.fatal = LowmemError(
-                f"{cause}, and it was the last one. Continue with less: lowmem resume RUN --ram with less."
-            )
+            self.notices.append(verdict.text)
+        if verdict.replacement:
+            self.workers.append(self._new_worker(worker.number))
         self._hand_out()
 
     def _dropped(self, item: OpenTask) -> bool:
@@ -309,12 +255,10 @@ class ProcessWorkers:
         """Find workers without a sign of life, and images that take long."""
         now = time.monotonic()
         for worker in list(self.workers):
-            silent_s = now - worker.heard
-            if silent_s <= (SILENT_S if worker.started else START_S):
-                continue
-            worker.silent_looks += 1
-            if worker.silent_looks > 1:  # twice, so that a sign that waits in the pipe is not missed
-                worker.process.kill()
+            if is_too_silent(now - worker.heard, worker.started):
+                worker.silent_looks += 1
+                if worker.hung:
+                    worker.process.kill()
         for worker in self.workers:
             item = next(iter(worker.tasks.values()), None)
             if item is not None and now - worker.heard < ALIVE_S and now - item.given > SLOW_S:
@@ -331,43 +275,3 @@ class ProcessWorkers:
     def _tell_notices(self) -> None:
         while self.notices:
             self.tell(self.notices.popleft())
-
-
-def num_oom_kills(path: Path = VMSTAT) -> int:
-    """How many processes Linux's memory killer has ended since the system started; 0 where the system does not tell."""
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("oom_kill ")))
-    except (OSError, StopIteration, ValueError):
-        return 0
-
-
-def _cause(worker: Worker, code: int, new_oom_kills: int) -> tuple[str, bool]:
-    """What happened to a worker, in words, and whether it was for want of memory."""
-    if worker.silent_looks > 1:
-        return f"{worker} gave no sign of life for {SILENT_S:.0f} s and was ended", False
-    if code == -getattr(signal, "SIGKILL", 9) and new_oom_kills > 0:
-        return f"{worker} was ended by the system's memory killer: host memory is full", True
-    if code & 0xFFFFFFFF in NO_MEMORY_ON_WINDOWS:
-        return f"{worker} ended for want of memory", True
-    name = signal.Signals(-code).name if code < 0 and -code in list(signal.Signals) else f"exit code {code}"
-    return f"{worker} died ({name})", False
-
-
-def _own_group() -> dict[str, object]:
-    """Out of the terminal's group, so that Ctrl-C reaches the training process alone."""
-    if sys.platform == "win32":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"process_group": 0}
-
-
-def _end(worker: Worker) -> None:
-    try:
-        worker.process.wait(2)
-    except subprocess.TimeoutExpired:
-        worker.process.kill()
-        worker.process.wait()
-    if worker.listener is not None:
-        worker.listener.join(2)
-    with suppress(OSError):
-        worker.process.stdout.close()  # type: ignore[union-attr]
