@@ -2,7 +2,8 @@
 
 The ONNX graph takes `images`, float32 [B, 3, px, px], normalised, for any B, and gives `logits`, float32 [B, K]. Its metadata hold all that
 a caller needs: `classes` (JSON, in the order of the logits), `mean` and `std` (JSON, of pixels in 0 to 1), `px`, `crop_frac` (the central part
-that is kept of an image whose short side was resized to px / crop_frac) and `interpolation`.
+that is kept of an image whose short side was resized to px / crop_frac), `interpolation`, and `max_side` (before all that, an image with a
+longer side above it was shrunk to it, Lanczos; 0: not at all).
 """
 
 import json
@@ -84,6 +85,7 @@ def _write(model: nn.Module, info: ClassifierInfo, px: int, path: Path) -> None:
         "px": str(px),
         "crop_frac": str(info.crop_frac),
         "interpolation": "bilinear",
+        "max_side": str(info.max_side),
         "architecture": info.architecture,
     }
     onnx.helper.set_model_props(proto, facts)

@@ -29,7 +29,7 @@ def make_classifier(folder: Path, name: str = "test_resnet", classes: tuple[str,
     """With statistics of its own, so that its answers depend on the image and its size."""
     torch.manual_seed(seed)
     recipe = Recipe.model_validate(
-        {"model": {"name": name, "weights": "none"}, "data": {"train_px": 64, "test_px": 64}}
+        {"model": {"name": name, "weights": "none"}, "data": {"train_px": 64, "test_px": 64, "max_side": 128}}
     )
     model = build_model(ModelRecipe(name=name, weights="none"), len(classes)).train()
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_an_export_gives_pytorchs_logits(classifier: Path, exported: Path) -> No
     assert torch.allclose(found_BK, expected_BK, atol=1e-4) and found_BK.abs().max() > 0.1
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == list(CLASSES) and json.loads(facts["mean"]) == list(info.mean)
-    assert facts["px"] == "96" and float(facts["crop_frac"]) == 1.0
+    assert (facts["px"], float(facts["crop_frac"]), facts["max_side"]) == ("96", 1.0, "128")
 
 
 def test_an_export_that_differs_is_an_error_and_is_not_kept(
