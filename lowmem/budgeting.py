@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lowmem.data.folder import embedded_images, num_classes_and_images
+from lowmem.data.folder import embedded_images, num_classes_and_images, unlabelled_images
 from lowmem.errors import LowmemError
 from lowmem.machine import choose_device
 from lowmem.planning.devices import DeviceSpec, device_by_name, device_spec, known_devices, settle_amp
 from lowmem.planning.explain import plan_lines
 from lowmem.planning.frontier import FrontierRow, frontier, telling
+from lowmem.planning.host import needs_of, within_ram
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
 from lowmem.recipe import Recipe, load_recipe
@@ -85,6 +86,9 @@ def show_plan(request: PlanRequest, out: Path | None, console: Console) -> Plan:
         measure=request.measure,
         say=console.print,
     )
+    if request.ram:
+        train = None if request.data is None else unlabelled_images(request.data)
+        plan = within_ram(plan, recipe, parse_size(request.ram), needs_of(plan, recipe, classes, train))
     for line in plan_lines(plan):
         console.print(escape(line), highlight=False, soft_wrap=True)
     if out is not None:

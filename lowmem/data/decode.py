@@ -69,7 +69,8 @@ def resized_crop(
         scale = min(x * (right - left) / width, y * (bottom - top) / height)
         if scale >= 2:
             image.draft("RGB", (int(image.width / scale), int(image.height / scale)))
-    image = to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)  # otherwise a copy of the whole photograph, turned or not
+    image = to_rgb(image)
     x, y = image.width / full_width, image.height / full_height
     inner = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
     return image.resize((width, height), Image.Resampling.BILINEAR, box=inner)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from lowmem.randomness import key
 
 SPLITS = ("train", "val", "test")
 MAX_UNREADABLE_FRAC = 0.01
-NUM_LISTED = 20
+NUM_LISTED, NUM_ENDS = 20, 5
 IMBALANCE_RATIO = 10
 UNLABELLED = -1
 
@@ -93,6 +93,7 @@ def open_dataset(
         readable = _split_classes(readable["all"], val_fraction, seed)
     elif "val" not in folders:
         readable = _split_classes(readable["train"], val_fraction, seed)
+    _refuse_class_without_images(root, classes, readable["train"])
     dataset = Dataset(
         root,
         classes,
@@ -101,7 +102,18 @@ def open_dataset(
         _flat_split(root, [n for n in test_names if n not in checked.reasons]) if test_names else None,
         tuple(sorted(checked.reasons.items())),
     )
-    return Dataset(**{**dataset.__dict__, "warnings": tuple(_warnings(dataset))})
+    return replace(dataset, warnings=(*_empty_classes(named, classes), *_warnings(dataset)))
+
+
+def class_counts(dataset: Dataset) -> str:
+    """Training and validation images of each class, in words; of many classes, the smallest and the largest."""
+    counts = zip(*(split.counts(len(dataset.classes)) for split in (dataset.train, dataset.val)))
+    rows = [(f"{label} {train}+{val}", int(train)) for label, (train, val) in zip(dataset.classes, counts)]
+    if len(rows) <= NUM_LISTED:
+        return ", ".join(text for text, _ in rows)
+    rows.sort(key=lambda row: row[1])
+    few, many = (", ".join(text for text, _ in part) for part in (rows[:NUM_ENDS], rows[-NUM_ENDS:]))
+    return f"{few}, ..., {many}"
 
 
 def labelled_images(root: Path, classes: tuple[str, ...]) -> Split:
@@ -214,6 +226,25 @@ def _split(root: Path, table: dict[str, list[str]], classes: tuple[str, ...]) ->
 
 def _flat_split(root: Path, names: list[str]) -> Split:
     return packed_split(root, names, [UNLABELLED] * len(names))
+
+
+def _refuse_class_without_images(root: Path, classes: tuple[str, ...], train: dict[str, list[str]]) -> None:
+    for label in classes:
+        if not train.get(label):
+            raise LowmemError(
+                f"--data {root}: none of the training images of class {label} can be read. Repair them, or remove the class."
+            )
+
+
+def _empty_classes(named: dict[str, dict[str, list[str]]], classes: tuple[str, ...]) -> Iterator[str]:
+    """Folders that look like classes and hold no image in any split."""
+    empty = sorted({label for table in named.values() for label in table} - set(classes), key=natural_key)
+    if empty:
+        more = ", ..." if len(empty) > NUM_ENDS else ""
+        yield (
+            f"Class folders without an image are left out, {len(empty)} of {len(empty) + len(classes)}: "
+            f"{', '.join(empty[:NUM_ENDS])}{more}. Images end in {', '.join(sorted(SUFFIXES))}."
+        )
 
 
 def _warnings(dataset: Dataset) -> Iterator[str]:

@@ -46,7 +46,8 @@ def shrunk(data: bytes, max_side: int) -> Shrunk:
         scale = max_side / max(width, height)
         if image.format == "JPEG":
             image.draft("RGB", (int(GAP * scale * image.width), int(GAP * scale * image.height)))
-        picture = to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        picture = to_rgb(image)
     size = max(1, round(scale * width)), max(1, round(scale * height))
     made = BytesIO()
     picture.resize(size, Image.Resampling.LANCZOS).save(made, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)

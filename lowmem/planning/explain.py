@@ -22,6 +22,9 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  predicted peak {format_size(plan.prediction.peak.total)}: {', '.join(parts)}")
         lines += _time_lines(plan)
     lines += [f"  {reason}" for reason in plan.reasons]
+    if plan.host is not None:
+        lines.append(f"  host memory {format_size(plan.host.num_bytes)} of {format_size(plan.host.total_bytes)}:")
+        lines += [f"    {format_size(line.num_bytes)}: {line.what}" for line in plan.host.lines]
     workers = plan.loader.in_words
     threads = f", {plan.loader.torch_threads} threads for torch" if plan.loader.torch_threads else ""
     lines.append(f"  {workers}{threads}, evaluation in batches of up to {plan.eval_batch}")

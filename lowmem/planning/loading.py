@@ -1,26 +1,21 @@
-"""How images are loaded, and what that takes of the host: workers from what an image costs, the step's time and the cores; the host
-budget line by line."""
+"""How images are loaded: workers from what an image costs, the step's time and the cores."""
 
 import math
 import time
 from collections.abc import Callable
 
 import numpy as np
-import psutil
 
 from lowmem.errors import LowmemError
 from lowmem.machine import usable_cores
 from lowmem.planning.devices import DeviceSpec
-from lowmem.planning.plan import BudgetLine, LoaderPlan, Plan
+from lowmem.planning.plan import LoaderPlan, Plan
 from lowmem.recipe import Recipe
-from lowmem.sizes import MIB, format_size, short_size
 
 KINDS = ("auto", "inline", "threads", "processes")
 NUM_TIMED, MAX_TIMED_S = 16, 1.0
 HEADROOM = 1.25
 """Workers make so many times the images that the step needs, to even out images of unequal cost."""
-PROCESS_BYTES, THREAD_BYTES = 45 * MIB, 25 * MIB
-"""A worker's own memory beside the shared one, with a decoded photograph in it (benchmarks/results/loader.json)."""
 MOST_WORKERS = 16
 
 
@@ -71,68 +66,3 @@ def loader_for(
     short = f"; {needed} would be needed, so the device will wait" if needed > most else ""
     beside = " Processes leave Python's lock to the step." if chosen == "processes" else ""
     return loader, f"{loader.in_words} of at most {most}: {asked}{short}.{beside}"
-
-
-def host_lines(plan: Plan, recipe: Recipe) -> list[BudgetLine]:
-    """What a run takes of host memory, line by line: as it is now, and what loading, offloading and saving will add."""
-    loader = plan.loader
-    parallel = loader.kind != "inline"
-    each = {"processes": PROCESS_BYTES, "threads": THREAD_BYTES, "inline": 0}[loader.kind]
-    data = recipe.data
-    batch_bytes = 3 * max(recipe.batch.size * data.train_px**2, plan.eval_batch * data.val_px**2)
-    # A process fills shared memory, of which a batch is copied out; a thread fills the batch itself.
-    num_batches = (loader.prefetch_batches if parallel else 1) + (2 if loader.kind == "processes" else 1)
-    lines = [
-        BudgetLine(what="this program", num_bytes=psutil.Process().memory_info().rss),
-        BudgetLine(what=f"workers: {loader.in_words.lower()}", num_bytes=loader.workers * each),
-        BudgetLine(
-            what=f"{num_batches} batches of images{', pinned' if loader.pin_memory else ''}",
-            num_bytes=num_batches * batch_bytes,
-        ),
-    ]
-    if plan.prediction:
-        lines.append(BudgetLine(what="offloaded tensors and optimizer", num_bytes=plan.prediction.host_bytes))
-        lines.append(BudgetLine(what="the copy for checkpoints", num_bytes=3 * plan.prediction.peak.weights))
-    if plan.device == "cpu" and plan.prediction:
-        lines.append(BudgetLine(what="the step itself", num_bytes=plan.prediction.peak.total))
-    return [line for line in lines if line.num_bytes]
-
-
-def within_ram(plan: Plan, recipe: Recipe, ram_bytes: int) -> Plan:
-    """The plan with as many workers and batches ahead as `--ram` leaves room for; raises LowmemError where none is."""
-    loader, tried = plan.loader, plan
-    for leaner in _leaner(loader):
-        tried = plan.model_copy(update={"loader": leaner})
-        if sum(line.num_bytes for line in host_lines(tried, recipe)) <= ram_bytes:
-            if leaner == loader:
-                return plan.model_copy(update={"reasons": (*plan.reasons, _host_in_words(plan, recipe, ram_bytes))})
-            told = f"{leaner.in_words} instead of {loader.in_words[0].lower()}{loader.in_words[1:]}: --ram has no room for more."
-            return tried.model_copy(update={"reasons": (*plan.reasons, told, _host_in_words(tried, recipe, ram_bytes))})
-    lines = host_lines(tried, recipe)
-    needed = sum(line.num_bytes for line in lines)
-    listed = _listed(lines)
-    raise LowmemError(
-        f"--ram {short_size(ram_bytes)} is too small: the leanest way to load needs {format_size(needed)} ({listed}). "
-        f"Use --ram {math.ceil(1.05 * needed / MIB)}M."
-    )
-
-
-def _host_in_words(plan: Plan, recipe: Recipe, ram_bytes: int) -> str:
-    lines = host_lines(plan, recipe)
-    needed = sum(line.num_bytes for line in lines)
-    return f"Host memory: {format_size(needed)} of {format_size(ram_bytes)}: {_listed(lines)}."
-
-
-def _listed(lines: list[BudgetLine]) -> str:
-    return ", ".join(f"{line.what} {format_size(line.num_bytes)}" for line in lines)
-
-
-def _leaner(loader: LoaderPlan) -> list[LoaderPlan]:
-    """The loader and ever leaner ones: fewer batches ahead, fewer workers, none."""
-    found = [loader]
-    for prefetch in range(loader.prefetch_batches - 1, 0, -1):
-        found.append(loader.model_copy(update={"prefetch_batches": prefetch}))
-    for workers in range(loader.workers - 1, 0, -1):
-        found.append(loader.model_copy(update={"prefetch_batches": 1, "workers": workers, "max_workers": workers}))
-    inline = {"kind": "inline", "workers": 0, "max_workers": 0, "prefetch_batches": 1}
-    return [*found, loader.model_copy(update=inline)]

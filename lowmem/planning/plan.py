@@ -122,6 +122,17 @@ class Budget(Frozen):
         return self.total_bytes - sum(line.num_bytes for line in self.deductions if not line.in_allocator)
 
 
+class HostBudget(Frozen):
+    """What `--ram` is spent on."""
+
+    total_bytes: Bytes
+    lines: tuple[BudgetLine, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(line.num_bytes for line in self.lines)
+
+
 class LoaderPlan(Frozen):
     """How images reach the device; the sample stream is the same for every choice."""
 
@@ -188,6 +199,8 @@ class Plan(Frozen):
     """`bitwise`: the same kernels on the same values as the unconstrained run; `rounding`: sums in another order;
     `statistical`: another classifier, never chosen unless the user allows it."""
     budget: Budget | None = None
+    host: HostBudget | None = None
+    """With `--ram`: what the run takes of host memory."""
     prediction: Prediction | None = None
     reasons: tuple[str, ...] = ()
     """The plan in words, a sentence each."""

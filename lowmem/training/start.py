@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lowmem.data.device_input import DeviceInput, Normalisation
-from lowmem.data.folder import Dataset, embedded_images, open_dataset
+from lowmem.data.folder import Dataset, class_counts, embedded_images, open_dataset
 from lowmem.data.loader import Loader
 from lowmem.data.pixels import EvalPixels, TrainPixels
 from lowmem.data.prepared import detail_warning, open_cache, with_prepared
@@ -24,7 +24,8 @@ from lowmem.planning.convolutions import choose_layouts, refuse_layouts, with_la
 from lowmem.planning.devices import DeviceSpec, device_spec, settle_amp
 from lowmem.planning.execution import fastest, refuse_compile
 from lowmem.planning.explain import plan_lines
-from lowmem.planning.loading import check_wish, image_seconds, loader_for, within_ram
+from lowmem.planning.host import needs_of, within_ram
+from lowmem.planning.loading import check_wish, image_seconds, loader_for
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
@@ -155,6 +156,7 @@ def open_data(recipe: Recipe, data: Path | None, progress: Progress, cache: Cach
         f"Data: {root if data else 'the embedded images (clip art)'}: {len(dataset.train)} training and {len(dataset.val)} validation "
         f"images, {len(dataset.classes)} classes of {counts.min()} to {counts.max()}"
     )
+    progress.say(f"  of each class, for training + validation: {class_counts(dataset)}")
     for name, reason in dataset.unreadable:
         progress.warn(f"left out: {name}: {reason}")
     for warning in dataset.warnings:
@@ -202,7 +204,9 @@ def plan_for(
     image_s = image_seconds(pixels, len(dataset.train))
     loader, why = loader_for(plan, recipe, spec, image_s, request.loader, request.workers)
     plan = plan.model_copy(update={"loader": loader, "reasons": (*plan.reasons, why)})
-    return plan if ram is None else within_ram(plan, recipe, ram)
+    if ram is None:
+        return plan
+    return within_ram(plan, recipe, ram, needs_of(plan, recipe, len(dataset.classes), dataset.train, len(dataset.val)))
 
 
 def assemble(

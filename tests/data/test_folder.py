@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowmem.data.folder import embedded_images, labelled_images, natural_key, open_dataset, unlabelled_images
+from lowmem.data.folder import (
+    class_counts,
+    embedded_images,
+    labelled_images,
+    natural_key,
+    open_dataset,
+    unlabelled_images,
+)
 from lowmem.errors import LowmemError
 
 
@@ -111,6 +118,46 @@ def test_warnings_for_duplicates_imbalance_and_missing_validation(tmp_path, cach
         and "Unbalanced" in told
         and "2 of 3 classes have no validation" in told
     )
+
+
+def test_class_folders_without_an_image_are_told_of_and_left_out(tmp_path, cache):
+    root = flat(tmp_path / "d", ("a", "b", "c"))
+    assert not open_dataset(root, 0.2, 0, cache_dir=cache).warnings
+    (root / "empty").mkdir()
+    (root / "raw").mkdir()
+    (root / "raw" / "photo.cr2").write_bytes(b"raw")
+    (root / ".hidden").mkdir()
+    dataset = open_dataset(root, 0.2, 0, cache_dir=cache)
+    assert dataset.classes == ("a", "b", "c") and len(dataset.warnings) == 1
+    assert "2 of 5: empty, raw. Images end in .bmp" in dataset.warnings[0]
+
+
+def test_a_class_that_is_empty_in_train_and_val_is_told_of_and_one_empty_in_val_otherwise(tmp_path, cache):
+    root = tmp_path / "d"
+    flat(root / "train", ("a", "b"))
+    flat(root / "val", ("a",), 1)
+    for name in ("train/c", "val/c", "val/b"):
+        (root / name).mkdir(parents=True)
+    told = open_dataset(root, 0.2, 0, cache_dir=cache).warnings
+    assert "1 of 3: c." in told[0] and "1 of 2 classes have no validation image (b)" in told[1]
+
+
+def test_a_class_of_which_no_image_can_be_read_is_refused(tmp_path, cache):
+    root = flat(tmp_path / "d", ("a", "b"), 60)
+    save(root / "c" / "only.png")
+    open_dataset(root, 0.2, 0, cache_dir=cache)
+    (root / "c" / "only.png").write_text("<html>")
+    with pytest.raises(LowmemError, match="none of the training images of class c can be read"):
+        open_dataset(root, 0.2, 0, cache_dir=cache)
+
+
+def test_counts_of_each_class_are_told(tmp_path, cache):
+    root = flat(tmp_path / "d", ("a", "b"), 10)
+    assert class_counts(open_dataset(root, 0.2, 0, cache_dir=cache)) == "a 8+2, b 8+2"
+    for number in range(21):
+        flat(root, (f"c{number}",), 2)
+    told = class_counts(open_dataset(root, 0.2, 0, cache_dir=cache))
+    assert told.startswith("c0 1+1") and told.endswith("a 8+2, b 8+2") and "c9" not in told and len(told) < 100
 
 
 @pytest.mark.parametrize(

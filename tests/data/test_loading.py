@@ -1,4 +1,4 @@
-"""Which loader a plan gets, what the host budget counts, and workers that are added while the device waits."""
+"""Which loader a plan gets, and workers that are added while the device waits."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ from lowmem.data.workers import InlineWorkers
 from lowmem.errors import LowmemError
 from lowmem.planning import loading
 from lowmem.planning.devices import device_by_name
-from lowmem.planning.loading import host_lines, loader_for, within_ram
+from lowmem.planning.loading import loader_for
 from lowmem.planning.plan import LoaderPlan, MemoryBreakdown, Plan, Prediction
 from lowmem.recipe import load_recipe
 from lowmem.sizes import GIB, MIB
@@ -49,19 +49,6 @@ def test_a_wish_is_followed_and_a_wrong_one_refused():
     for wish in (("lots", None), ("auto", -1), ("threads", 1000)):
         with pytest.raises(LowmemError, match="--loader lots|--workers"):
             loader_for(plan(), RECIPE, CARD, 0.01, *wish)
-
-
-def test_the_host_budget_counts_everything_and_takes_workers_and_batches_before_it_refuses():
-    rich = plan(kind="processes", workers=4, prefetch_batches=3)
-    told = " ".join(line.what for line in host_lines(rich, RECIPE))
-    assert all(what in told for what in ("program", "4 loader processes", "batches", "offloaded", "checkpoints"))
-    total = sum(line.num_bytes for line in host_lines(rich, RECIPE))
-    assert within_ram(rich, RECIPE, total + 64 * MIB).loader == rich.loader
-    leaner = within_ram(rich, RECIPE, total - 150 * MIB)
-    assert leaner.loader.prefetch_batches < 3 and "no room for more" in leaner.reasons[-2]
-    assert leaner.reasons[-1].startswith("Host memory")
-    with pytest.raises(LowmemError, match=r"--ram 1G is too small: .*offloaded tensors.*Use --ram \d+M"):
-        within_ram(rich, RECIPE, GIB)
 
 
 class Clock:
