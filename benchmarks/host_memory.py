@@ -56,7 +56,7 @@ RUNS = {
     "resnet18, 4 processes, 12 megapixels": (
         "resnet18", "12 megapixels", ("--loader", "processes", "--workers", "4")
     ),
-    "resnet18 in 120M": ("resnet18", "small", ("--loader", "threads", "--workers", "1", "--vram", "120M")),
+    "resnet18 in 140M": ("resnet18", "small", ("--loader", "threads", "--workers", "1", "--vram", "140M")),
     "efficientnet_lite0 at 128 px": (
         "tf_efficientnet_lite0", "small", ("--loader", "threads", "--workers", "1", "--set", "data.train_px=128", "--set", "data.val_px=128")
     ),
@@ -69,17 +69,24 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=4.0)
     options.add_argument("--only", choices=("workers", "runs"))
+    options.add_argument("--match", default="", help="of the runs, those whose name holds this")
     chosen = options.parse_args()
+    facts = {"command": "python " + " ".join(sys.argv), "machine": this_machine().model_dump(), "pillow": version("pillow")}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {size: make_photos(Path(scratch) / size.split()[0], pixels) for size, pixels in PHOTOS.items()}
-        report = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.only and chosen.out.exists() else {}
-        facts = {"command": "python " + " ".join(sys.argv), "machine": this_machine().model_dump(), "pillow": version("pillow")}
         if chosen.only != "runs":
-            report["workers"] = {**facts, "photographs": PHOTOS, "found": workers(folders, chosen.rounds, chosen.seconds)}
-        if chosen.only != "workers":
-            report["runs"] = {**facts, "n": 1, "found": runs(folders, Path(scratch))}
-    chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: part["found"] for key, part in report.items()}, indent=1))
+            keep(chosen.out, "workers", facts | {"photographs": PHOTOS, "found": workers(folders, chosen.rounds, chosen.seconds)})
+        names = [] if chosen.only == "workers" else [name for name in RUNS if chosen.match in name]
+        for name in names:
+            keep(chosen.out, name, facts | {"n": 1} | run(name, folders, Path(tempfile.mkdtemp(dir=scratch)) / "run"))
+
+
+def keep(out: Path, name: str, found: dict[str, object]) -> None:
+    """Put a result into the file, in place of an earlier one of that name."""
+    report = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    report[name] = found
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(name, json.dumps(found), flush=True)
 
 
 def make_photos(folder: Path, size: tuple[int, int]) -> Path:
@@ -120,23 +127,20 @@ def loader_bytes(folder: Path, kind: str, num_workers: int, seconds: float) -> i
     return peak_bytes([sys.executable, "-c", WORKER, str(folder), kind, str(num_workers), str(seconds)])
 
 
-def runs(folders: dict[str, Path], scratch: Path) -> dict[str, object]:
-    found = {}
-    for number, (name, (model, size, options)) in enumerate(RUNS.items()):
-        out = scratch / f"run-{number}"
-        sets = [part for item in (f"model.name={model}", *TINY) for part in ("--set", item)]
-        command = [sys.executable, "-m", "lowmem", "train", "--recipe", "resnet18", "--data", str(folders[size])]
-        measured = peak_bytes([*command, "--ram", "16G", "--device", "cpu", "--out", str(out), *sets, *options])
-        lines = load_plan(out / "plan.json").host.lines
-        predicted = sum(line.num_bytes for line in lines)
-        found[name] = {
-            "predicted_mib": round(predicted / MIB, 1),
-            "measured_mib": round(measured / MIB, 1),
-            "predicted_over_measured": round(predicted / measured, 3),
-            "lines_mib": {line.what: round(line.num_bytes / MIB, 1) for line in lines},
-        }
-        print(name, found[name], flush=True)
-    return found
+def run(name: str, folders: dict[str, Path], out: Path) -> dict[str, object]:
+    """One run to its end: what it took beside what its plan says."""
+    model, size, options = RUNS[name]
+    sets = [part for item in (f"model.name={model}", *TINY) for part in ("--set", item)]
+    command = [sys.executable, "-m", "lowmem", "train", "--recipe", "resnet18", "--data", str(folders[size])]
+    measured = peak_bytes([*command, "--ram", "16G", "--device", "cpu", "--out", str(out), *sets, *options])
+    lines = load_plan(out / "plan.json").host.lines
+    predicted = sum(line.num_bytes for line in lines)
+    return {
+        "predicted_mib": round(predicted / MIB, 1),
+        "measured_mib": round(measured / MIB, 1),
+        "predicted_over_measured": round(predicted / measured, 3),
+        "lines_mib": {line.what: round(line.num_bytes / MIB, 1) for line in lines},
+    }
 
 
 def peak_bytes(command: list[str]) -> int:
