@@ -19,7 +19,8 @@ from lowmem.machine import choose_device
 from lowmem.planning.devices import DeviceSpec, device_by_name, device_spec, known_devices, settle_amp
 from lowmem.planning.explain import plan_lines
 from lowmem.planning.frontier import FrontierRow, frontier, telling
-from lowmem.planning.host import needs_of, within_ram
+from lowmem.planning.host import Needs, needs_of, planned_within_ram
+from lowmem.planning.loading import ASSUMED_IMAGE_S, loader_for
 from lowmem.planning.plan import Plan, load_plan
 from lowmem.planning.planner import make_plan
 from lowmem.recipe import Recipe, load_recipe
@@ -74,21 +75,28 @@ def show_plan(request: PlanRequest, out: Path | None, console: Console) -> Plan:
     recipe, spec, device, classes, images = _settled(request)
     if request.measure and not spec.present:
         raise LowmemError(f"--measure: {spec.name} is not in this computer. Leave it out, or give --device auto.")
-    plan = make_plan(
-        recipe,
-        spec,
-        device,
-        parse_size(request.vram),
-        ram_bytes=parse_size(request.ram) if request.ram else None,
-        num_classes=classes,
-        num_train=images,
-        allow=request.allow,
-        measure=request.measure,
-        say=console.print,
-    )
-    if request.ram:
-        train = None if request.data is None else unlabelled_images(request.data)
-        plan = within_ram(plan, recipe, parse_size(request.ram), needs_of(plan, recipe, classes, train))
+
+    def made(ram_bytes: int | None) -> Plan:
+        plan = make_plan(
+            recipe,
+            spec,
+            device,
+            parse_size(request.vram),
+            ram_bytes=ram_bytes,
+            num_classes=classes,
+            num_train=images,
+            allow=request.allow,
+            measure=request.measure,
+            say=console.print,
+        )
+        loader, why = loader_for(plan, recipe, spec, ASSUMED_IMAGE_S)
+        why = f"{why} What an image costs is assumed here; lowmem train times yours."
+        return plan.model_copy(update={"loader": loader, "reasons": (*plan.reasons, why)})
+
+    def needs(plan: Plan) -> Needs:
+        return needs_of(plan, recipe, classes, None if request.data is None else unlabelled_images(request.data))
+
+    plan = planned_within_ram(made, recipe, parse_size(request.ram), needs) if request.ram else made(None)
     for line in plan_lines(plan):
         console.print(escape(line), highlight=False, soft_wrap=True)
     if out is not None:

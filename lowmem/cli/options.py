@@ -13,7 +13,7 @@ Data = Annotated[
     ),
 ]
 Vram = Annotated[str, typer.Option("--vram", help="Memory that training may use on the device, e.g. 8G.")]
-Ram = Annotated[Optional[str], typer.Option("--ram", help="Host memory that loading and offloading may use, e.g. 16G.")]
+Ram = Annotated[Optional[str], typer.Option("--ram", help="Host memory that the run may take in all, e.g. 16G.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Set = Annotated[
     Optional[list[str]],

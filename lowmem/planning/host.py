@@ -5,6 +5,7 @@ runs took.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -94,16 +95,17 @@ def host_lines(plan: Plan, recipe: Recipe, needs: Needs) -> tuple[BudgetLine, ..
     """What a run takes of host memory, line by line: as it is now, and what loading, offloading and saving will add."""
     loader, data = plan.loader, recipe.data
     parallel = loader.kind != "inline"
+    most = max(loader.workers, loader.max_workers)  # so many there may be while the device waits
     each = {"processes": PROCESS_BYTES, "threads": THREAD_BYTES, "inline": 0}[loader.kind]
     eval_batch = needs.eval_batch or plan.eval_batch
     batch_bytes = 3 * max(recipe.batch.size * data.train_px**2, eval_batch * data.val_px**2)
     # A process fills shared memory, of which a batch is copied out; a thread fills the batch itself.
     num_batches = (loader.prefetch_batches if parallel else 1) + (2 if loader.kind == "processes" else 1)
-    num_photos = max(1, loader.workers) if parallel else 1
+    num_photos = max(1, most) if parallel else 1
     lines = [
         BudgetLine(what="this program", num_bytes=psutil.Process().memory_info().rss),
         BudgetLine(what="what it loads later: figures, libraries at its end", num_bytes=LATER_BYTES),
-        BudgetLine(what=f"workers: {loader.in_words.lower()}", num_bytes=loader.workers * each),
+        BudgetLine(what=f"workers: {_in_words(loader).lower()}", num_bytes=most * each),
         BudgetLine(
             what=f"{num_photos} decoded photograph{'s' if num_photos > 1 else ''}",
             num_bytes=num_photos * needs.photo_bytes,
@@ -129,12 +131,13 @@ def within_ram(plan: Plan, recipe: Recipe, ram_bytes: int, needs: Needs) -> Plan
     loader = plan.loader
     for leaner in _leaner(loader):
         lines = host_lines(plan.model_copy(update={"loader": leaner}), recipe, needs)
-        if sum(line.num_bytes for line in lines) <= ram_bytes:
-            told = f"{leaner.in_words} instead of {loader.in_words[0].lower()}{loader.in_words[1:]}: --ram has no room for more."
+        if _sum(lines) <= ram_bytes:
+            asked = _in_words(loader)
+            told = f"{_in_words(leaner)} instead of {asked[0].lower()}{asked[1:]}: --ram has no room for more."
             reasons = plan.reasons if leaner == loader else (*plan.reasons, told)
             host = HostBudget(total_bytes=ram_bytes, lines=lines)
             return plan.model_copy(update={"loader": leaner, "reasons": reasons, "host": host})
-    needed = sum(line.num_bytes for line in lines)
+    needed = _sum(lines)
     listed = ", ".join(f"{line.what} {format_size(line.num_bytes)}" for line in lines)
     raise LowmemError(
         f"--ram {short_size(ram_bytes)} is too small: the leanest way to load needs {format_size(needed)} ({listed}). "
@@ -142,11 +145,45 @@ def within_ram(plan: Plan, recipe: Recipe, ram_bytes: int, needs: Needs) -> Plan
     )
 
 
+def planned_within_ram(
+    make: Callable[[int], Plan], recipe: Recipe, ram_bytes: int, needs: Callable[[Plan], Needs]
+) -> Plan:
+    """What `make` gives for the host memory that it may offload to, within `ram_bytes` in all: where loading has no room beside the
+    offloaded tensors, fewer are offloaded. Raises LowmemError."""
+    plan = make(ram_bytes)
+    try:
+        return within_ram(plan, recipe, ram_bytes, needs(plan))
+    except LowmemError:
+        held = plan.prediction.host_bytes if plan.prediction else 0
+        for tried in (plan, _leanest(plan)):
+            left = held + ram_bytes - _sum(host_lines(tried, recipe, needs(plan)))
+            with suppress(LowmemError):  # what --ram lacks is told, not what --vram lacks with less offloaded
+                if left > 0:
+                    less = make(left)
+                    return within_ram(less, recipe, ram_bytes, needs(less))
+        raise
+
+
+def _sum(lines: Iterable[BudgetLine]) -> int:
+    return sum(line.num_bytes for line in lines)
+
+
+def _leanest(plan: Plan) -> Plan:
+    return plan.model_copy(update={"loader": _leaner(plan.loader)[-1]})
+
+
+def _in_words(loader: LoaderPlan) -> str:
+    grows = loader.kind != "inline" and loader.max_workers > loader.workers
+    return f"{loader.in_words}{f' of at most {loader.max_workers}' if grows else ''}"
+
+
 def _leaner(loader: LoaderPlan) -> list[LoaderPlan]:
-    """The loader and ever leaner ones: fewer batches ahead, fewer workers, none."""
+    """The loader and ever leaner ones: fewer workers that may be added, fewer batches ahead, fewer workers, none."""
     found = [loader]
+    for most in range(loader.max_workers - 1, loader.workers - 1, -1):
+        found.append(loader.model_copy(update={"max_workers": most}))
     for prefetch in range(loader.prefetch_batches - 1, 0, -1):
-        found.append(loader.model_copy(update={"prefetch_batches": prefetch}))
+        found.append(found[-1].model_copy(update={"prefetch_batches": prefetch}))
     for workers in range(loader.workers - 1, 0, -1):
         found.append(loader.model_copy(update={"prefetch_batches": 1, "workers": workers, "max_workers": workers}))
     inline = {"kind": "inline", "workers": 0, "max_workers": 0, "prefetch_batches": 1}

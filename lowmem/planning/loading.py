@@ -17,6 +17,8 @@ NUM_TIMED, MAX_TIMED_S = 16, 1.0
 HEADROOM = 1.25
 """Workers make so many times the images that the step needs, to even out images of unequal cost."""
 MOST_WORKERS = 16
+ASSUMED_IMAGE_S = 0.016
+"""Where there are no images to time: a photograph of 2000 x 1500 px in the recipe's augmentation (benchmarks/results/loader.json)."""
 
 
 def image_seconds(pixels: Callable[[int, int], np.ndarray], num_images: int) -> float:

@@ -24,7 +24,7 @@ from lowmem.planning.convolutions import choose_layouts, refuse_layouts, with_la
 from lowmem.planning.devices import DeviceSpec, device_spec, settle_amp
 from lowmem.planning.execution import fastest, refuse_compile
 from lowmem.planning.explain import plan_lines
-from lowmem.planning.host import needs_of, within_ram
+from lowmem.planning.host import Needs, needs_of, planned_within_ram, within_ram
 from lowmem.planning.loading import check_wish, image_seconds, loader_for
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.plan import Plan, load_plan
@@ -183,30 +183,38 @@ def plan_for(
 ) -> Plan:
     if request.plan_file is not None and request.profile is not None:
         raise LowmemError("--plan and --profile both name a plan: give one of them.")
-    if request.profile is not None:
-        return plan_of_profile(request.profile, recipe, str(device), spec.name, dataset)
-    if request.plan_file is not None:
-        return load_plan(request.plan_file)
     ram = parse_size(request.ram) if request.ram else None
-    plan = make_plan(
-        recipe,
-        spec,
-        str(device),
-        parse_size(request.vram),
-        ram_bytes=ram,
-        num_classes=len(dataset.classes),
-        num_train=len(dataset.train),
-        allow=request.allow,
-        measure=True,
-        say=say,
-    )
+
+    def needs(plan: Plan) -> Needs:
+        return needs_of(plan, recipe, len(dataset.classes), dataset.train, len(dataset.val))
+
+    if request.profile is not None or request.plan_file is not None:
+        given = (
+            load_plan(request.plan_file)
+            if request.plan_file
+            else plan_of_profile(request.profile, recipe, str(device), spec.name, dataset)
+        )
+        return given if ram is None else within_ram(given, recipe, ram, needs(given))
     pixels = TrainPixels(dataset.train, recipe.augment, recipe.data.train_px, recipe.seed)
     image_s = image_seconds(pixels, len(dataset.train))
-    loader, why = loader_for(plan, recipe, spec, image_s, request.loader, request.workers)
-    plan = plan.model_copy(update={"loader": loader, "reasons": (*plan.reasons, why)})
-    if ram is None:
-        return plan
-    return within_ram(plan, recipe, ram, needs_of(plan, recipe, len(dataset.classes), dataset.train, len(dataset.val)))
+
+    def made(ram_bytes: int | None) -> Plan:
+        plan = make_plan(
+            recipe,
+            spec,
+            str(device),
+            parse_size(request.vram),
+            ram_bytes=ram_bytes,
+            num_classes=len(dataset.classes),
+            num_train=len(dataset.train),
+            allow=request.allow,
+            measure=True,
+            say=say,
+        )
+        loader, why = loader_for(plan, recipe, spec, image_s, request.loader, request.workers)
+        return plan.model_copy(update={"loader": loader, "reasons": (*plan.reasons, why)})
+
+    return made(None) if ram is None else planned_within_ram(made, recipe, ram, needs)
 
 
 def assemble(
