@@ -31,13 +31,15 @@ from lowmem.data.batch import HostBatch
 from lowmem.data.device_input import DeviceInput, Normalisation
 from lowmem.machine import this_machine
 from lowmem.planning.devices import device_by_name
-from lowmem.planning.known import usable_blocks
+from lowmem.planning.figures import traced
+from lowmem.planning.known import usable_blocks, usable_units
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import block_options, block_signature
-from lowmem.planning.plan import RECOMPUTE_ALL, BlockPolicy, Plan
+from lowmem.planning.plan import RECOMPUTE_ALL, STEM, BlockPolicy, Plan
 from lowmem.planning.planner import make_plan
+from lowmem.planning.selective import selective_choices
 from lowmem.planning.timing import Clock
-from lowmem.planning.trace import StepTrace, trace_step
+from lowmem.planning.trace import BlockMoments, StepTrace, trace_step
 from lowmem.recipe import Recipe
 from lowmem.sizes import GIB, MIB
 from lowmem.training.engine import Engine
@@ -53,7 +55,7 @@ MODELS = {
 BATCH, CLASSES = 8, 10
 SMALLEST_BYTES = 4096
 """The scratch of operations on less is not looked at."""
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "again", "selective", "full")
 CPU = device_by_name("CPU")
 
 
@@ -126,26 +128,34 @@ def measured_model(name: str, amp: str) -> list[dict[str, Any]]:
 
 
 def policies(network: FakeNetwork, trace: StepTrace, plan: Plan, kind: str) -> dict[str, BlockPolicy]:
-    """The same kind of policy for every block; `selective` keeps all that a block can keep."""
-    paths = usable_blocks(trace)
+    """The same kind of policy wherever it is possible: `again` on the stem and the blocks, as much as can be; `selective` keeps all
+    that a block can keep."""
     if kind == "none":
         return {}
     if kind == "full":
-        return dict.fromkeys(paths, RECOMPUTE_ALL)
+        return dict.fromkeys(usable_blocks(trace), RECOMPUTE_ALL)
     known: dict[str, BlockPolicy] = {}
     chosen = {}
-    for path in paths:
-        signature = block_signature(network.blocks[path], trace.blocks[path])
+    for path in usable_units(trace) if kind == "again" else usable_blocks(trace):
+        signature = STEM if path == STEM else block_signature(network.unit(path), trace.blocks[path])
         if signature not in known:
-            options = [
-                option.policy
-                for option in block_options(network, path, trace.blocks[path], plan, Clock(CPU), copy_s=None)
-            ]
-            known[signature] = max(
-                (o for o in options if o.recompute == "selective"), key=lambda o: len(o.keep), default=RECOMPUTE_ALL
-            )
+            known[signature] = (again if kind == "again" else selective)(network, path, trace.blocks[path], plan)
         chosen[path] = known[signature]
     return chosen
+
+
+def again(network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan) -> BlockPolicy:
+    options = block_options(network, path, moments, plan, Clock(CPU), copy_s=None)
+    return max((option.policy for option in options), key=lambda policy: len(policy.again))
+
+
+def selective(network: FakeNetwork, path: str, moments: BlockMoments, plan: Plan) -> BlockPolicy:
+    none = traced(network, path, moments, plan, BlockPolicy())
+    choices = selective_choices(network, path, moments, plan, none, Clock(CPU), offload=False)
+    if not choices:
+        return RECOMPUTE_ALL
+    most = max(choices, key=lambda choice: len(choice.kept))
+    return BlockPolicy(recompute="selective", keep=tuple(sorted(item.ordinal for item in most.kept)))
 
 
 def measured_peak(recipe: Recipe, plan: Plan) -> int:

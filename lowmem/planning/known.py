@@ -16,10 +16,19 @@ from lowmem.planning.measure import measured_times, times_file
 from lowmem.planning.network import FakeNetwork
 from lowmem.planning.options import Option, block_options, block_signature
 from lowmem.planning.plan import STEM, Budget, Exactness, LoaderPlan, Placement, Plan
-from lowmem.planning.solve import Problem
+from lowmem.planning.program import Problem
 from lowmem.planning.timing import Clock, hidden_copy_seconds
 from lowmem.planning.trace import BlockMoments, StepTrace, trace_step
 from lowmem.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A whole step, and the shares of its passes in which kernels wait for the device's memory."""
+
+    step_s: float
+    bound_frac_forward: float
+    bound_frac_backward: float
 
 
 @dataclass
@@ -40,6 +49,7 @@ class Planning:
     traces: dict[tuple[int, Placement], StepTrace] = field(default_factory=dict)
     options: dict[int, list[list[Option]]] = field(default_factory=dict)
     problems: dict[tuple[int, Placement], Problem] = field(default_factory=dict)
+    known_seconds: dict[tuple[int, int], Seconds] = field(default_factory=dict)
     rungs: dict[int, Any] = field(default_factory=dict)
     """Plans by their rung of the ladder of limits."""
 
@@ -95,15 +105,23 @@ class Planning:
         path = times_file(device, plan.memory_format)
         self.clock = Clock(self.spec, measured_times(kinds, plan, device, path, say=say))
 
-    def bound_fracs(self, plan: Plan) -> tuple[float, float]:
-        """The shares of the unconstrained forward and backward pass in which kernels wait for the device's memory."""
-        trace = self.trace(plan)
-        forward, backward = trace.ops[: trace.num_forward_ops], trace.ops[trace.num_forward_ops :]
-        return self.clock.bandwidth_bound_frac(forward), self.clock.bandwidth_bound_frac(backward)
+    def seconds(self, plan: Plan) -> Seconds:
+        """Of the unconstrained step of a micro-batch, by the clock as it is now."""
+        key = plan.micro_batch, id(self.clock)
+        if key not in self.known_seconds:
+            trace = self.trace(plan)
+            forward, backward = trace.ops[: trace.num_forward_ops], trace.ops[trace.num_forward_ops :]
+            self.known_seconds[key] = Seconds(
+                self.clock.seconds(trace.ops),
+                self.clock.bandwidth_bound_frac(forward),
+                self.clock.bandwidth_bound_frac(backward),
+            )
+        return self.known_seconds[key]
 
     def _copy_seconds(self, plan: Plan) -> float:
         """What a byte that goes to host memory and back takes from the kernels behind which it travels."""
-        return sum(hidden_copy_seconds(1, self.spec, frac) for frac in self.bound_fracs(plan))
+        found = self.seconds(plan)
+        return hidden_copy_seconds(1, self.spec, found.bound_frac_forward + found.bound_frac_backward)
 
     def block_options(self, plan: Plan) -> list[list[Option]]:
         """Options of the stem and each block in forward order, traced once for blocks that are the same."""

@@ -35,8 +35,8 @@ from lowmem.sizes import GIB, MIB, format_size
 from lowmem.training.ema import ema_bytes
 
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "rounding", "statistical")
-RUNG = 0.985
-"""Ratio of neighbouring limits; with GOOD_ENOUGH, a plan uses at least 0.985 x 0.988 of what it may where the limit binds."""
+RUNG = 0.98
+"""Ratio of neighbouring limits; with GOOD_ENOUGH, a plan uses at least 0.98 x 0.984 of what it may where the limit binds."""
 LEANER_FRAC = 0.93
 LARGEST_EVAL_BATCH = 128
 DEFAULT_RAM_SHARE = 0.5
@@ -91,7 +91,7 @@ def plan_within(planning: Planning, limit_bytes: int) -> Plan:
     """The cheapest plan whose traced peak is at most `limit_bytes`."""
     base = planning.base_plan(planning.recipe.batch.atom)
     trace = planning.trace(base)
-    baseline_s = step_seconds(planning, trace, base, 0.0)
+    baseline_s = step_seconds(planning, base, 0.0)
     if trace.peak_bytes <= limit_bytes:
         found: Candidate | None = Candidate(base, trace, baseline_s)
     else:

@@ -6,14 +6,15 @@ from itertools import accumulate
 from lowmem.planning.known import Planning, host_state_bytes, usable_units
 from lowmem.planning.options import Option
 from lowmem.planning.plan import KEEP_ALL, STEM, Placement, Plan
-from lowmem.planning.solve import BlockTerm, Problem, Solution, cheapest, least_extra_s
+from lowmem.planning.program import BlockTerm, Problem
+from lowmem.planning.solve import Solution, cheapest, least_extra_s
 from lowmem.planning.timing import ema_seconds, link_seconds, optimizer_seconds
 from lowmem.planning.trace import StepTrace, optimizer_bytes, trace_step
 from lowmem.sizes import MIB
 from lowmem.training.ema import ema_bytes
 
 MAX_TRIES = 4
-GOOD_ENOUGH = 0.012
+GOOD_ENOUGH = 0.016
 """A plan that leaves this share of the limit unused is not improved further."""
 ALLOWANCES = (0.0, 0.01, 0.04)
 """How far above the limit, as a share of it, a mix may be in the program's eyes and still be traced."""
@@ -63,25 +64,23 @@ def _best_of(planning: Planning, micro_batch: int, limit_bytes: int) -> Candidat
         program = problem(planning, base, trace, placement)
         extra_s = least_extra_s(program, int((1 + ALLOWANCES[-1]) * limit_bytes))
         if extra_s is not None:
-            drafts.append((step_seconds(planning, trace, plan, extra_s), plan, program))
+            drafts.append((step_seconds(planning, plan, extra_s), plan, program))
     best: Candidate | None = None
     for bound_s, plan, program in sorted(drafts, key=lambda draft: draft[0]):
         if best is None or bound_s < best.step_s:
-            found = _fitted(planning, plan, program, limit_bytes, trace)
+            found = _fitted(planning, plan, program, limit_bytes)
             best = found if found is not None and (best is None or found.step_s < best.step_s) else best
     return best
 
 
-def _fitted(
-    planning: Planning, base: Plan, program: Problem, limit_bytes: int, unconstrained: StepTrace
-) -> Candidate | None:
+def _fitted(planning: Planning, base: Plan, program: Problem, limit_bytes: int) -> Candidate | None:
     """Trace the program's answer as a whole, and tighten or relax its limit by what it misjudged."""
     best: Candidate | None = None
     solution = _first_solution(program, limit_bytes)
     for _ in range(MAX_TRIES):
         if solution is None:
             break
-        step_s = step_seconds(planning, unconstrained, base, solution.extra_s)
+        step_s = step_seconds(planning, base, solution.extra_s)
         if best is not None and step_s >= best.step_s:
             break
         plan = base.model_copy(update={"blocks": policies(program, solution)})
@@ -138,7 +137,7 @@ def _problem(planning: Planning, base: Plan, trace: StepTrace, placement: Placem
         trace.elsewhere_forward_peak + moved,
         host_limit,
         link_seconds(1, planning.spec),
-        planning.clock.seconds(trace.ops),
+        planning.seconds(base).step_s,
     )
 
 
@@ -198,16 +197,16 @@ def placements(planning: Planning) -> list[Placement]:
     return ["device", "host"] if everything_at_once or accumulates else ["device", "backward", "host_backward"]
 
 
-def step_seconds(planning: Planning, trace: StepTrace, plan: Plan, extra_s: float) -> float:
+def step_seconds(planning: Planning, plan: Plan, extra_s: float) -> float:
     """Forward and backward passes of every part, and the update."""
     num_parts = -(-planning.recipe.batch.size // plan.micro_batch)
     traced_parts = min(2, num_parts)
     num_parameters = sum(p.numel() for p in planning.named.values())
-    bound_frac = planning.bound_fracs(planning.base_plan(plan.micro_batch))[1]
-    update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec, bound_frac)
+    found = planning.seconds(planning.base_plan(plan.micro_batch))
+    update_s = optimizer_seconds(num_parameters, plan.optimizer, planning.spec, found.bound_frac_backward)
     update_s += IN_BACKWARD_S if plan.optimizer.endswith("backward") else 0.0
     average_s = ema_seconds(ema_bytes(planning.network.model, planning.recipe.ema), planning.spec)
-    return num_parts * (planning.clock.seconds(trace.ops) / traced_parts + extra_s) + update_s + average_s
+    return num_parts * (found.step_s / traced_parts + extra_s) + update_s + average_s
 
 
 def policies(program: Problem, solution: Solution) -> dict:

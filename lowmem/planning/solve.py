@@ -7,18 +7,17 @@ link to the host is too slow for that, the kernels wait, and the mix is charged 
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from math import prod
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, milp
 
 from lowmem.planning.options import Option
+from lowmem.planning.program import Problem
 from lowmem.sizes import MIB
 
-GAP_S_FRAC = 1e-3
+GAP_S_FRAC = 5e-4
 """A mix within this share of the step's time of the best one is good enough."""
 ENOUGH_OF_KIND = 5
 """A mix of the options that the relaxation uses may miss the relaxation by this many such gaps; else all options are searched."""
@@ -36,39 +35,6 @@ TIE_BREAK_S_PER_BYTE = 1e-15
 
 
 @dataclass(frozen=True)
-class BlockTerm:
-    """A block's options, and live bytes at its start in the unconstrained step. `options[0]` keeps everything.
-
-    What the block sends to the host has left `leaves_s` after the step began, or the kernels wait for it; it comes back
-    behind `returns_s` of kernels, those of the block after it.
-    """
-
-    path: str
-    options: list[Option]
-    forward_start: int
-    backward_start: int
-    leaves_s: float = 0.0
-    returns_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Blocks in forward order; `head_peak` is the most between the last block's forward and backward pass. A byte takes `copy_s` on its
-    way to the host or back; there is room for `host_limit` of them. `step_s` is the unconstrained step, to which the search's
-    precision is relative."""
-
-    blocks: list[BlockTerm]
-    head_peak: int
-    host_limit: int
-    copy_s: float
-    step_s: float
-
-    @cached_property
-    def system(self) -> "System":
-        return System(self)
-
-
-@dataclass(frozen=True)
 class Solution:
     chosen: list[Option]
     peak_bytes: int
@@ -78,41 +44,27 @@ class Solution:
 
 def cheapest(problem: Problem, limit_bytes: int) -> Solution | None:
     """The mix with the least added time whose every peak is within the limit; None where there is none."""
-    system = problem.system
-    return system.solve(system.costs(system.seconds + TIE_BREAK_S_PER_BYTE * system.kept, 0.0), limit_bytes)
+    search, rows = _Search(problem), problem.rows
+    return search.solve(search.costs(rows.seconds + TIE_BREAK_S_PER_BYTE * rows.kept, 0.0), limit_bytes)
 
 
 def least_extra_s(problem: Problem, limit_bytes: int) -> float | None:
     """A bound: no mix within the limit adds less time; None where there is none."""
-    system = problem.system
-    return system.bound(system.costs(system.seconds, 0.0), limit_bytes)
+    search, rows = _Search(problem), problem.rows
+    return search.bound(search.costs(rows.seconds, 0.0), limit_bytes)
 
 
 def leanest(problem: Problem) -> Solution | None:
     """The mix with the smallest peak, whatever it costs."""
-    system = problem.system
-    return system.solve(system.costs(1e-3 * system.seconds, 1.0), None)
+    search, rows = _Search(problem), problem.rows
+    return search.solve(search.costs(1e-3 * rows.seconds, 1.0), None)
 
 
-class System:
-    """Variables: an option each, in order of the blocks; then the peak in MiB, and the MiB for whose way to the host kernels wait."""
+class _Search:
+    """For the best vector of the variables (see `Rows`) at some costs."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.options = [option for block in problem.blocks for option in block.options]
-        self.starts = np.cumsum([0] + [len(block.options) for block in problem.blocks])
-        self.kept = np.array([option.kept for option in self.options], dtype=float)
-        self.to_host = np.array([option.host for option in self.options]) / MIB
-        self.seconds = np.array(
-            [
-                option.extra_s + max(0.0, option.host * problem.copy_s - block.returns_s)
-                for block in problem.blocks
-                for option in block.options
-            ]
-        )
-        self.peaks, self.constants = self._peak_rows()
-        self.queue, self.in_time = self._queue_rows()
-        self.constraints = self._constraints() if problem.blocks else None
+        self.problem, self.rows = problem, problem.rows
 
     def costs(self, option_costs: np.ndarray, peak_cost: float) -> np.ndarray:
         return np.array([*option_costs, peak_cost, self.problem.copy_s * MIB])
@@ -137,7 +89,7 @@ class System:
         good_enough = GAP_PEAK_FRAC * costs[-2] * relaxed[-2] if costs[-2] else GAP_S_FRAC * self.problem.step_s
         least = float(costs @ relaxed)
         rounded = self._rounded_near(relaxed, costs, upper, least + good_enough)
-        if rounded is not None and costs @ rounded <= least + ENOUGH_OF_KIND * good_enough:
+        if rounded is not None and costs @ rounded <= least + good_enough:
             return self._solution(rounded)
         gap = good_enough / max(least, good_enough)
         found = self._run(costs, np.minimum(upper, self._support(relaxed, upper)), gap)
@@ -162,10 +114,10 @@ class System:
 
     def _run(self, costs: np.ndarray, upper: np.ndarray, gap: float | None = None) -> np.ndarray | None:
         """The best vector; in whole numbers, to a relative `gap`, where one is given."""
-        num, num_sums = len(self.options), self.constraints.A.shape[1] - len(upper)
+        num, num_sums = len(self.rows.options), self.rows.constraints.A.shape[1] - len(upper)
         found = milp(
             np.concatenate([costs, np.zeros(num_sums)]),
-            constraints=self.constraints,
+            constraints=self.rows.constraints,
             bounds=Bounds(
                 np.concatenate([np.zeros(num + 2), np.full(num_sums, -np.inf)]),
                 np.concatenate([upper, np.full(num_sums, np.inf)]),
@@ -179,37 +131,56 @@ class System:
         """The best mix in whole numbers that takes each block's option from those that the relaxation gives a share."""
         used = [
             [start + n for n in range(len(block.options)) if relaxed[start + n] > 1e-6]
-            for block, start in zip(self.problem.blocks, self.starts)
+            for block, start in zip(self.problem.blocks, self.rows.starts)
         ]
         if prod(map(len, used)) > MAX_ROUNDINGS:
             return None
-        mixes = np.zeros((prod(map(len, used)), len(self.options) + 2))
+        mixes = np.zeros((prod(map(len, used)), len(self.rows.options) + 2))
         for number, columns in enumerate(product(*used)):
             mixes[number, columns] = 1
         chosen = mixes[:, :-2]
-        mixes[:, -2] = (chosen @ self.peaks.T + self.constants).max(axis=1)
+        mixes[:, -2] = (chosen @ self.rows.peaks.T + self.rows.constants).max(axis=1)
         mixes[:, -1] = self._late(chosen)
-        fits = (mixes[:, -2] <= upper[-2]) & (chosen @ self.to_host <= self.problem.host_limit / MIB)
-        return mixes[fits][np.argmin(mixes[fits] @ costs)] if fits.any() else None
+        fits = (mixes[:, -2] <= upper[-2]) & (chosen @ self.rows.to_host <= self.problem.host_limit / MIB)
+        return self._improved(mixes[fits][np.argmin(mixes[fits] @ costs)], costs, upper) if fits.any() else None
+
+    def _improved(self, mix: np.ndarray, costs: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        """With one block's option exchanged after the other, as long as that makes it cheaper."""
+        block_of = np.repeat(np.arange(len(self.problem.blocks)), np.diff(self.rows.starts))
+        while True:
+            chosen = np.flatnonzero(mix[:-2])
+            taken = chosen[block_of]  # for each option the one that it would replace
+            peaks = self.rows.peaks @ mix[:-2] + self.rows.constants
+            queue = self.rows.queue @ mix[:-2] - self.rows.in_time
+            peak = (peaks[:, None] + self.rows.peaks - self.rows.peaks[:, taken]).max(axis=0)
+            late = np.maximum(0, (queue[:, None] + self.rows.queue - self.rows.queue[:, taken]).max(axis=0))
+            host = self.rows.to_host @ mix[:-2] + self.rows.to_host - self.rows.to_host[taken]
+            change = costs[:-2] - costs[taken] + costs[-2] * (peak - mix[-2]) + costs[-1] * (late - mix[-1])
+            change[(peak > upper[-2]) | (host > self.problem.host_limit / MIB)] = np.inf
+            best = int(np.argmin(change))
+            if change[best] >= -1e-12:
+                return mix
+            mix = mix.copy()
+            mix[taken[best]], mix[best], mix[-2:] = 0.0, 1.0, (peak[best], late[best])
 
     def _late(self, chosen: np.ndarray) -> np.ndarray:
         """MiB for which the forward pass of each mix waits. Copies follow one another, so what the last of the late blocks is late by
         is the wait of all."""
-        return np.maximum(0, (chosen @ self.queue.T - self.in_time).max(axis=1))
+        return np.maximum(0, (chosen @ self.rows.queue.T - self.rows.in_time).max(axis=1))
 
     def _upper(self, limit_bytes: int | None) -> np.ndarray:
-        upper = np.ones(len(self.options) + 2)
+        upper = np.ones(len(self.rows.options) + 2)
         upper[-2:] = np.inf if limit_bytes is None else limit_bytes / MIB, self.problem.host_limit / MIB
         return upper
 
     def _support(self, relaxed: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """1 for options worth trying: used somewhere among the blocks of a kind, or the first and the leanest of a block."""
         used: dict[int, set[int]] = {}
-        for block, start in zip(self.problem.blocks, self.starts):
+        for block, start in zip(self.problem.blocks, self.rows.starts):
             numbers = {n for n in range(len(block.options)) if relaxed[start + n] > 1e-6}
             used.setdefault(id(block.options), set()).update(numbers)
         allowed = upper.copy()
-        for block, start in zip(self.problem.blocks, self.starts):
+        for block, start in zip(self.problem.blocks, self.rows.starts):
             leanest_number = min(range(len(block.options)), key=lambda n: block.options[n].kept)
             wanted = used[id(block.options)] | {0, leanest_number}
             allowed[start : start + len(block.options)] = [float(n in wanted) for n in range(len(block.options))]
@@ -218,78 +189,13 @@ class System:
     def _solution(self, x: np.ndarray) -> Solution:
         numbers = [
             start + int(np.argmax(x[start : start + len(block.options)]))
-            for block, start in zip(self.problem.blocks, self.starts)
+            for block, start in zip(self.problem.blocks, self.rows.starts)
         ]
-        mix = np.zeros((1, len(self.options)))
+        mix = np.zeros((1, len(self.rows.options)))
         mix[0, numbers] = 1
-        extra_s = float(self.seconds[numbers].sum() + self._late(mix)[0] * MIB * self.problem.copy_s)
-        peak = float((mix @ self.peaks.T + self.constants).max() * MIB)
-        return Solution([self.options[number] for number in numbers], int(peak), extra_s)
-
-    def _constraints(self) -> LinearConstraint:
-        """All rows. Those of peaks and of the queue sum over all blocks before one, so they are given as differences from the row before
-        the last, in variables of their own, which keeps the matrix sparse."""
-        num, num_blocks = len(self.options), len(self.problem.blocks)
-        one_each = np.zeros((num_blocks, num))
-        for row, (start, stop) in enumerate(zip(self.starts, self.starts[1:])):
-            one_each[row, start:stop] = 1
-        sums = np.vstack([self.peaks, self.queue])
-        before = np.vstack([_shifted(self.peaks, 2), _shifted(self.queue, 1)])
-        steps = sums - before
-        num_sums = len(sums)
-        previous = sparse.block_diag([sparse.eye_array(len(self.peaks), k=-2), sparse.eye_array(len(self.queue), k=-1)])
-        limits = np.zeros((num_sums, 2))
-        limits[: len(self.peaks), 0] = limits[len(self.peaks) :, 1] = -1.0
-        rows = sparse.block_array(
-            [
-                [sparse.csr_array(one_each), None, None],
-                [sparse.csr_array(steps), None, previous - sparse.eye_array(num_sums)],
-                [None, sparse.csr_array(limits), sparse.eye_array(num_sums)],
-                [sparse.csr_array(self.to_host[None]), sparse.csr_array((1, 2)), None],
-            ]
-        )
-        most = np.concatenate(
-            [np.ones(num_blocks), np.zeros(num_sums), -self.constants, self.in_time, [self.problem.host_limit / MIB]]
-        )
-        least = np.concatenate([np.ones(num_blocks), np.zeros(num_sums), np.full(num_sums + 1, -np.inf)])
-        return LinearConstraint(rows.tocsr(), least, most)
-
-    def _queue_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each block the MiB that it and those before it send, and how many of them have left in time."""
-        rows = np.zeros((len(self.problem.blocks), len(self.options)))
-        for row, stop in enumerate(self.starts[1:]):
-            rows[row, :stop] = self.to_host[:stop]
-        seconds = np.array([block.leaves_s for block in self.problem.blocks])
-        return rows, seconds / (max(self.problem.copy_s, 1e-15) * MIB)
-
-    def _peak_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every peak as row @ x + constant, in MiB: each block's forward, each block's backward, the head."""
-        blocks, num = self.problem.blocks, len(self.options)
-        rows, constants = [], []
-        saved_forward, saved_backward = np.zeros(num), np.zeros(num)
-        returning = np.zeros(num)
-        for block, start in zip(blocks, self.starts):
-            own = slice(start, start + len(block.options))
-            forward = saved_forward + returning
-            forward[own] += [option.forward_peak for option in block.options]
-            rows.append(forward)
-            constants.append(block.forward_start)
-            saved_forward[own] = [option.forward_held - block.options[0].forward_held for option in block.options]
-            saved_backward[own] = [option.kept - block.options[0].kept for option in block.options]
-            backward = saved_backward + returning
-            backward[own] += [option.backward_peak for option in block.options]
-            rows.append(backward)
-            constants.append(block.backward_start)
-            returning = np.zeros(num)
-            returning[own] = [option.host for option in block.options]
-        rows.append(saved_forward + returning)
-        constants.append(self.problem.head_peak)
-        return np.array(rows).reshape(len(rows), num) / MIB, np.array(constants) / MIB
-
-
-def _shifted(rows: np.ndarray, by: int) -> np.ndarray:
-    """Each row's place taken by the one `by` rows before it; zeros before the first."""
-    return np.vstack([np.zeros((by, rows.shape[1])), rows])[: len(rows)]
+        extra_s = float(self.rows.seconds[numbers].sum() + self._late(mix)[0] * MIB * self.problem.copy_s)
+        peak = float((mix @ self.rows.peaks.T + self.rows.constants).max() * MIB)
+        return Solution([self.rows.options[number] for number in numbers], int(peak), extra_s)
 
 
 def _cheaper(a: np.ndarray | None, b: np.ndarray | None, costs: np.ndarray) -> np.ndarray | None:

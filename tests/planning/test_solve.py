@@ -7,12 +7,11 @@ import pytest
 
 from lowmem.planning.options import Option
 from lowmem.planning.plan import KEEP_ALL, BlockPolicy
+from lowmem.planning.program import BlockTerm, Problem
 from lowmem.planning.solve import (
     ENOUGH_OF_KIND,
     GAP_PEAK_FRAC,
     GAP_S_FRAC,
-    BlockTerm,
-    Problem,
     cheapest,
     leanest,
     least_extra_s,
