@@ -1,9 +1,8 @@
 """Photographs that were shrunk once: what a worker reads instead of the originals. Nothing here imports torch.
 
 An image whose longer side is above `max_side` becomes a JPEG whose longer side is `max_side`: decoded at no less than GAP times that
-size, turned as EXIF says, RGB as decode.to_rgb makes it, Lanczos, quality 95 without chroma subsampling (4:4:4: 2 to 3 dB for a
-third more bytes; benchmarks/prepared.py). The original's size goes with it, so that crops and blurs are drawn in its pixels. A
-smaller image is used as it is.
+size, turned as EXIF says, RGB as decode.to_rgb makes it, Lanczos, quality 95 without chroma subsampling. The original's size goes with
+it, so that crops and blurs are drawn in its pixels. A smaller image is used as it is.
 
 An entry is found by the content of its original and all that decides its bytes, so whoever makes it makes the same bytes: one that is
 missing, damaged or evicted meanwhile is made again, to the same pixels.
