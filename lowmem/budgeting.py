@@ -89,6 +89,8 @@ def show_plan(request: PlanRequest, out: Path | None, console: Console) -> Plan:
             measure=request.measure,
             say=console.print,
         )
+        if not spec.present and request.ram is None:
+            return plan  # how many workers it takes is a question of the computer with the device
         loader, why = loader_for(plan, recipe, spec, ASSUMED_IMAGE_S)
         why = f"{why} What an image costs is assumed here; lowmem train times yours."
         return plan.model_copy(update={"loader": loader, "reasons": (*plan.reasons, why)})

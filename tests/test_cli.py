@@ -192,4 +192,4 @@ def test_a_budget_that_binds_recomputes_and_verify_agrees():
     ]
     done = lowmem("verify", "--vram", "120M", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "holds" in done.stdout and "0 of" in done.stdout and "run again in the backward pass" in done.stdout
+    assert "holds" in done.stdout and "0 of" in done.stdout and "made again in the backward pass" in done.stdout

@@ -42,7 +42,7 @@ def reasons_for(plan: Plan, unconstrained_bytes: int) -> list[str]:
     reasons = [
         f"With nothing recomputed or moved the step would need {format_size(unconstrained_bytes)}; {format_size(room)} are there."
     ]
-    reasons += [f"{paths}: {words}." for words, paths in _runs(plan)]
+    reasons += [f"{paths[0].upper()}{paths[1:]}: {words}." if paths.startswith("the stem") else f"{paths}: {words}." for words, paths in _runs(plan)]
     if plan.optimizer == "backward":
         reasons.append(
             "Each weight is updated as soon as its gradient is complete, so the gradients are never all there at once."
@@ -90,7 +90,7 @@ def _runs(plan: Plan) -> list[tuple[str, str]]:
     """What is done to blocks, as (words, "layer3.0 to layer3.5 (6 blocks), layer4.1"), in the order of the blocks."""
     places: dict[str, list[str]] = {}
     for words, members in groupby(plan.blocks.items(), key=lambda item: _policy_in_words(item[1])):
-        paths = [path or "what comes before the first block" for path, _ in members]
+        paths = [path or "the stem (what comes before the first block)" for path, _ in members]
         name = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} blocks)"
         places.setdefault(words, []).append(name)
     places.pop(_policy_in_words(KEEP_ALL), None)
@@ -103,7 +103,7 @@ def _policy_in_words(policy: BlockPolicy) -> str:
     if policy.recompute == "none":
         where = "" if not policy.offloads else " in host memory" if policy.host == "all" else ", a part in host memory"
         if policy.again:
-            return f"some tensors are run again in the backward pass, each when it is needed; the rest is kept{where}"
+            return f"some tensors are made again in the backward pass, each when it is needed; the rest is kept{where}"
         return f"keeps everything{where}"
     where = (
         ""
