@@ -22,7 +22,7 @@ from lowmem.recipe import Recipe
 from lowmem.sizes import MIB, format_size, short_size
 
 PROCESS_BYTES, THREAD_BYTES = 32 * MIB, 16 * MIB
-"""A worker's own memory beside the shared one and a photograph: 22 to 25 and 6 to 7 MiB measured, and a margin for other libraries."""
+"""A worker's own memory beside the shared one and a photograph: 24 to 30 and 6 to 10 MiB measured, and a margin for other libraries."""
 PIXEL_BYTES = 4
 """Of an RGB image in Pillow."""
 REDUCTIONS = (8, 4, 2)
