@@ -70,9 +70,10 @@ def hidden_copy_seconds(num_bytes: int, spec: DeviceSpec, bound_frac: float) -> 
     A copy takes memory bandwidth from the kernels beside it. One that waits for its arithmetic has bandwidth to spare and loses
     nothing; one that waits for memory is later by what the copy took. The copies run all the time and meet every kernel, so `bound_frac`
     of the bytes (`Clock.bandwidth_bound_frac`) are charged, each in full: kernels that do not reach the memory's peak rate anyway
-    may lose less. What a kernel loses of the second-level cache is not in it.
+    may lose less. What a kernel loses of the second-level cache is not in it. On a CPU the cores that compute copy as well, and
+    nothing is hidden.
     """
-    return bound_frac * num_bytes / spec.bandwidth
+    return link_seconds(num_bytes, spec) if spec.kind == "cpu" else bound_frac * num_bytes / spec.bandwidth
 
 
 def optimizer_seconds(num_parameters: int, placement: str, spec: DeviceSpec, bound_frac: float) -> float:
